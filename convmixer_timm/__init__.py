@@ -1,0 +1,17 @@
+"""ConvMixer for timm: importing this package registers the variants with timm's model registry."""
+
+from .compat import mend_posterize
+from .convmixer import ConvMixer
+from .native import set_fast_training
+
+__all__ = ["ConvMixer", "set_fast_training"]
+
+mend_posterize()
+
+
+def __getattr__(name: str):
+    if name == "__version__":  # read only when asked for: it takes longer than the rest of this import
+        from importlib.metadata import version
+
+        return version("convmixer-timm")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

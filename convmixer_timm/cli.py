@@ -1,0 +1,154 @@
+"""The ``convmixer-timm`` command. Each sub-command is a thin layer over one module, imported when it is needed."""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+from . import __version__
+
+DEFAULT_MODEL = "convmixer_128_4.e10_cifar10"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def _predict(args: argparse.Namespace) -> int:
+    import torch
+    from huggingface_hub.utils import tqdm
+
+    from .predict import find_images, load_model, predict
+
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    model = load_model(args.model, device)
+    paths = find_images(args.images)
+    if not paths:
+        raise ValueError(f"no images found in {' '.join(args.images)}")
+    failed = 0
+
+    def report(path, error):
+        nonlocal failed
+        failed += 1
+        tqdm.write(f"error: {path}: {error}", file=sys.stderr)
+
+    watched = sys.stderr.isatty() and len(paths) > args.batch_size
+    progress = tqdm(paths, unit="img", disable=not watched)
+    results = list(predict(model, progress, args.topk, args.batch_size, on_error=report))
+    _FORMATS[args.format](results)
+    return 1 if failed else 0
+
+
+def _print_table(results) -> None:
+    width = max((len(str(path)) for path, _ in results), default=0)
+    for path, classes in results:
+        print(f"{path!s:{width}}  " + "  ".join(f"{name} {p:.3f}" for name, p in classes))
+
+
+def _print_json(results) -> None:
+    rows = [{"path": str(path), "classes": [{"label": n, "prob": p} for n, p in classes]} for path, classes in results]
+    print(json.dumps(rows, indent=2))
+
+
+def _print_csv(results) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["path", "rank", "label", "prob"])
+    for path, classes in results:
+        writer.writerows([path, rank, name, f"{p:.6f}"] for rank, (name, p) in enumerate(classes, 1))
+
+
+_FORMATS = {"table": _print_table, "json": _print_json, "csv": _print_csv}
+
+
+def _list(args: argparse.Namespace) -> int:
+    from .variants import variants
+
+    rows = [("variant", "params (M)", "GMACs", "input", "weights")]
+    for v in variants():
+        size = "x".join(map(str, v.input_size))
+        rows.append((v.name, f"{v.params / 1e6:.2f}", f"{v.macs / 1e9:.2f}", size, ", ".join(v.weights) or "-"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        cells = (f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths)))
+        print("  ".join([*cells, row[-1]]))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .checkpoints import convert
+
+    shape, layout = convert(args.source, args.target)
+    print(f"{args.target}: ConvMixer from {layout} layout: {shape}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .scripts import find_script, run_script
+
+    run_script(find_script(args.script, args.timm_scripts), args.args)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="convmixer-timm", description="ConvMixer for timm.")
+    parser.add_argument("--version", action="version", version=f"convmixer-timm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    p = command("predict", _predict, "Classify images.")
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob")
+    p.add_argument("--model", default=DEFAULT_MODEL, help="NAME, hf-hub:OWNER/NAME or local-dir:FOLDER (%(default)s)")
+    p.add_argument("--topk", type=_positive, default=5, help="classes an image (%(default)s)")
+    p.add_argument("--format", choices=sorted(_FORMATS), default="table", help="output (%(default)s)")
+    p.add_argument("--device", help="torch device (cuda where there is one, else cpu)")
+    p.add_argument("--batch-size", type=_positive, default=64, help="images at a time (%(default)s)")
+
+    command("list", _list, "Show the variants, their size and their weights.")
+
+    p = command("convert", _convert, "Convert another implementation's ConvMixer checkpoint to timm's layout.")
+    p.add_argument("source", metavar="IN", help="checkpoint of timm, the authors, labml or mmpretrain")
+    p.add_argument("target", metavar="OUT.safetensors")
+
+    p = command("run", _run, "Run one of timm's scripts with the ConvMixer variants registered.")
+    p.add_argument("--timm-scripts", metavar="DIR", help="clone of timm's repository ($TIMM_SCRIPTS; else downloaded)")
+    p.add_argument("script", metavar="SCRIPT", help="train, validate, inference, benchmark, onnx_export, …")
+    p.add_argument("args", nargs=argparse.REMAINDER, metavar="…", help="the script's own arguments")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code. What a user can mend comes as one line on stderr."""
+    args = _parser().parse_args(argv)
+    if args.run is _run:  # the script's own errors pass through as they are
+        from .scripts import find_script
+
+        try:
+            find_script(args.script, args.timm_scripts)
+        except OSError as error:
+            return _fail(error)
+        return args.run(args)
+    try:
+        return args.run(args)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, ValueError, RuntimeError) as error:
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    print(f"convmixer-timm: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 1

@@ -1,0 +1,47 @@
+"""What timm gets wrong with newer releases of what it stands on, mended in one narrow place each.
+
+`mend_posterize` is called when the package is imported, `mend_cpu_ddp` by the launcher only. Each one can go when the
+oldest timm that this package supports no longer needs it.
+"""
+
+from timm.data import auto_augment
+
+__all__ = ["mend_cpu_ddp", "mend_posterize"]
+
+_posterize = auto_augment.posterize
+
+
+def _posterize_any(img, bits_to_keep, **kwargs):
+    # At the top of its range timm's RandAugment keeps 0 bits. Pillow gave a black image for that until version 12 and
+    # raises ValueError since 13. Black it stays: the published recipes were trained with it.
+    if bits_to_keep <= 0:
+        return img.point(lambda _: 0)
+    return _posterize(img, bits_to_keep, **kwargs)
+
+
+def mend_posterize() -> None:
+    """Let timm's AutoAugment and RandAugment policies posterize to 0 bits with every Pillow."""
+    for name, op in auto_augment.NAME_TO_OP.items():
+        if op is _posterize:
+            auto_augment.NAME_TO_OP[name] = _posterize_any
+
+
+def mend_cpu_ddp() -> None:
+    """Let timm's scripts train with several processes on CPUs.
+
+    They give `DistributedDataParallel` the device as ``device_ids`` whatever it is, and it refuses CPUs there; for a
+    module on a CPU the argument means nothing, so it is dropped.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    original = DistributedDataParallel.__init__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    def init(self, module, device_ids=None, *args, **kwargs):
+        if all(p.device.type == "cpu" for p in module.parameters()):
+            device_ids = None
+        original(self, module, device_ids, *args, **kwargs)
+
+    init.__wrapped__ = original
+    DistributedDataParallel.__init__ = init

@@ -1,0 +1,441 @@
+"""ConvMixer: patch embeddings, then depthwise convolutions to mix space and 1x1 convolutions to mix channels.
+
+Paper: `Patches Are All You Need?` - https://arxiv.org/abs/2201.09792
+
+Module names, and so `state_dict` keys, are those of timm's own ConvMixer: each one's weights load in the other.
+Importing this module registers the variants with timm, three of them in place of timm's.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, SelectAdaptivePool2d, drop_path, get_act_layer, get_norm_layer
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch.utils.checkpoint import checkpoint
+
+from .act_norm import conv_act_norm, has_hooks
+from .checkpoints import checkpoint_filter_fn
+from .depthwise import DepthwiseConv2d
+
+__all__ = ["ConvMixer"]
+
+
+class ConvActNorm(nn.Sequential):
+    """Convolution, activation, norm, in this order; on request plus a shortcut around them."""
+
+    def __init__(self, conv: nn.Module, act: nn.Module, norm: nn.Module):
+        super().__init__(conv, act, norm)
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            for module in self:
+                x = module(x)
+            return x if shortcut is None else x + shortcut
+        else:
+            return conv_act_norm(x, self[0], self[1], self[2], shortcut)
+
+
+class Residual(nn.Module):
+    """``fn(x) + x``, with stochastic depth over `fn`."""
+
+    def __init__(self, fn: ConvActNorm, drop_path: float = 0.0):
+        super().__init__()
+        self.fn = fn
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if isinstance(self.drop_path, nn.Identity) and not has_hooks(self.fn):
+                return self.fn(x, x)  # the sum may then be part of the norm's pass over memory
+        return self.drop_path(self.fn(x)) + x
+
+
+class Block(nn.Sequential):
+    """One ConvMixer layer: spatial mixing with its residual, then channel mixing (convolution, activation, norm).
+
+    Args:
+        spatial: Residual branch with the depthwise convolution.
+        conv: 1x1 convolution.
+        act: Its activation.
+        norm: Its norm.
+        drop_path: Stochastic depth rate of the channel mixing's residual.
+        residual: Put a residual around the channel mixing too, which the paper's model doesn't have.
+    """
+
+    def __init__(
+        self,
+        spatial: Residual,
+        conv: nn.Module,
+        act: nn.Module,
+        norm: nn.Module,
+        drop_path: float = 0.0,
+        residual: bool = False,
+    ):
+        super().__init__(spatial, conv, act, norm)
+        self.residual = residual
+        self.drop_rate = drop_path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self[0](x)
+        if torch.jit.is_scripting():
+            y = self[3](self[2](self[1](x)))
+        else:
+            y = conv_act_norm(x, self[1], self[2], self[3])
+        return drop_path(y, self.drop_rate, self.training) + x if self.residual else y
+
+
+class ConvMixer(nn.Module):
+    """ConvMixer, from `Patches Are All You Need?` (https://arxiv.org/abs/2201.09792).
+
+    Takes images [N, in_chans, H, W] of any size from one patch up; gives logits [N, num_classes].
+
+    Args:
+        dim: Channels of every layer (the paper's h).
+        depth: Number of layers (d).
+        kernel_size: Side of the depthwise kernels (k).
+        patch_size: Side and stride of the patch embedding (p).
+        in_chans: Image channels.
+        num_classes: Classes; 0 for no classifier.
+        global_pool: timm's pooling name: 'avg', 'max', 'avgmax', 'catavgmax', 'fast…', or '' for none; without
+            pooling the classifier applies at each position and gives [N, num_classes, H / p, W / p].
+        drop_rate: Dropout before the classifier.
+        act_layer: Activation, a class or timm's name for it.
+        drop_path_rate: Stochastic depth over the residual branches, rising linearly from 0 in the first layer.
+        norm_layer: Norm after each activation, a class or timm's name for it.
+        pointwise_residual: Put a residual around the channel mixing as well. The parameters stay the same.
+        device: Where the parameters are made.
+        dtype: Their type.
+
+    Raises:
+        ValueError: If `dim`, `depth`, `kernel_size` or `patch_size` is below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        kernel_size: int = 9,
+        patch_size: int = 7,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        act_layer: str | Callable[..., nn.Module] = nn.GELU,
+        drop_path_rate: float = 0.0,
+        norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
+        pointwise_residual: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        sizes = {"dim": dim, "depth": depth, "kernel_size": kernel_size, "patch_size": patch_size}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        dd = {"device": device, "dtype": dtype}
+        act_layer = get_act_layer(act_layer)
+        norm_layer = get_norm_layer(norm_layer)
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = dim
+        self.grad_checkpointing = False
+
+        self.stem = ConvActNorm(
+            nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, **dd),
+            act_layer(),
+            norm_layer(dim, **dd),
+        )
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.Sequential(
+            *[
+                Block(
+                    Residual(
+                        ConvActNorm(DepthwiseConv2d(dim, kernel_size, **dd), act_layer(), norm_layer(dim, **dd)),
+                        drop_path=rate,
+                    ),
+                    nn.Conv2d(dim, dim, kernel_size=1, **dd),
+                    act_layer(),
+                    norm_layer(dim, **dd),
+                    drop_path=rate,
+                    residual=pointwise_residual,
+                )
+                for rate in rates
+            ]
+        )
+        self.feature_info = [dict(num_chs=dim, reduction=patch_size, module=f"blocks.{i}") for i in range(depth)]
+        self.head_drop = nn.Dropout(drop_rate)
+        self._set_head(num_classes, global_pool, **dd)
+
+    def _set_head(self, num_classes: int, global_pool: str | None, device=None, dtype=None) -> None:
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.unpooled = not global_pool
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.head = (
+            nn.Linear(self.head_hidden_size, num_classes, device=device, dtype=dtype)
+            if num_classes > 0
+            else nn.Identity()
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay must spare beyond timm's rule for biases and norms: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Parameter groups for layer-wise learning rates: the stem, then one group a layer."""
+        return dict(stem=r"^stem", blocks=r"^blocks\.(\d+)")
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the layers' activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier: a Linear, or an Identity without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier, on the same device, in the same dtype and mode.
+
+        Args:
+            num_classes: Classes; 0 for no classifier.
+            global_pool: New pooling; None keeps the present one.
+        """
+        weight = self.stem[0].weight
+        self._set_head(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
+        self.global_pool.train(self.training)
+        self.head.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Features of chosen layers.
+
+        Args:
+            x: Images, [N, in_chans, H, W].
+            indices: The last n layers if an int, these layers if a list (negative from the end), all if None.
+            norm: For timm's interface; there is no final norm.
+            stop_early: Run no layer after the last one asked for.
+            output_fmt: 'NCHW' only.
+            intermediates_only: Leave out the final features.
+
+        Returns:
+            The final features and the list of intermediate ones, each [N, dim, H / p, W / p]; or the list alone.
+        """
+        assert output_fmt in ("NCHW",), "output_fmt must be NCHW."
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        x = self.stem(x)
+        # TorchScript can't slice the layers
+        blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
+        for i, block in enumerate(blocks):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if i in take_indices:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the layers that the given intermediate features don't need.
+
+        Args:
+            indices: As for `forward_intermediates`.
+            prune_norm: For timm's interface; there is no final norm.
+            prune_head: Drop pooling and classifier too.
+
+        Returns:
+            The indices as positive numbers.
+        """
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: max_index + 1]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, in_chans, H, W] to features [N, dim, H / p, W / p]."""
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features [N, dim, H / p, W / p] to logits, or with `pre_logits` to what the classifier would get."""
+        x = self.global_pool(x)
+        x = self.head_drop(x)
+        if pre_logits or self.num_classes == 0:
+            return x
+        if self.unpooled:  # a logit map
+            return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, in_chans, H, W] to logits [N, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _create_convmixer(variant: str, pretrained: bool, model_args: dict, kwargs: dict) -> ConvMixer:
+    kwargs = {**model_args, **kwargs}  # the caller's word wins over the variant's
+    out_indices = kwargs.pop("out_indices", 3)
+    return build_model_with_cfg(
+        ConvMixer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs) -> dict:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.96,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0",
+        "classifier": "head",
+        "license": "mit",
+        "origin_url": "https://github.com/locuslab/convmixer",
+        "paper_name": "Patches Are All You Need?",
+        "paper_ids": "arXiv:2201.09792",
+        **kwargs,
+    }
+
+
+# Inside the package where it was installed from a wheel, beside it in a checkout or an editable install.
+WEIGHTS_DIR = next(
+    (d for d in (Path(__file__).parent / "weights", Path(__file__).parent.parent / "weights") if d.is_dir()),
+    Path(__file__).parent / "weights",
+)
+
+CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _cifar10_cfg(file: str = "", **kwargs) -> dict:
+    if file:
+        kwargs["file"] = str(WEIGHTS_DIR / file / "model.safetensors")
+    return _cfg(
+        **{
+            "num_classes": 10,
+            "input_size": (3, 32, 32),
+            "crop_pct": 1.0,
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2471, 0.2435, 0.2616),
+            "label_names": CIFAR10_LABELS,
+            **kwargs,
+        }
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "convmixer_1536_20.in1k": _cfg(hf_hub_id="timm/"),
+        "convmixer_768_32.in1k": _cfg(hf_hub_id="timm/"),
+        "convmixer_1024_20_ks9_p14.in1k": _cfg(hf_hub_id="timm/"),
+        "convmixer_256_8": _cifar10_cfg(),
+        "convmixer_256_8_ks7_p2": _cifar10_cfg(),
+        "convmixer_256_8_ks9_p1": _cifar10_cfg(),
+        "convmixer_256_16_ks9_p1": _cifar10_cfg(),
+        "convmixer_128_8": _cifar10_cfg(),
+        "convmixer_128_4": _cifar10_cfg(),
+    }
+)
+
+
+def _register(fn):
+    """timm's `register_model`, without its warning where a variant replaces timm's own: that is intended here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Overwriting convmixer_", category=UserWarning)
+        return register_model(fn)
+
+
+@_register
+def convmixer_1536_20(pretrained=False, **kwargs) -> ConvMixer:
+    """ConvMixer-1536/20, kernel 9, patch 7."""
+    model_args = dict(dim=1536, depth=20, kernel_size=9, patch_size=7)
+    return _create_convmixer("convmixer_1536_20", pretrained, model_args, kwargs)
+
+
+@_register
+def convmixer_768_32(pretrained=False, **kwargs) -> ConvMixer:
+    """ConvMixer-768/32, kernel 7, patch 7, with ReLU."""
+    model_args = dict(dim=768, depth=32, kernel_size=7, patch_size=7, act_layer=nn.ReLU)
+    return _create_convmixer("convmixer_768_32", pretrained, model_args, kwargs)
+
+
+@_register
+def convmixer_1024_20_ks9_p14(pretrained=False, **kwargs) -> ConvMixer:
+    """ConvMixer-1024/20, kernel 9, patch 14."""
+    model_args = dict(dim=1024, depth=20, kernel_size=9, patch_size=14)
+    return _create_convmixer("convmixer_1024_20_ks9_p14", pretrained, model_args, kwargs)
+
+
+@_register
+def convmixer_256_8(pretrained=False, **kwargs) -> ConvMixer:
+    """ConvMixer-256/8, kernel 5, patch 2, for CIFAR-10."""
+    model_args = dict(dim=256, depth=8, kernel_size=5, patch_size=2)
+    return _create_convmixer("convmixer_256_8", pretrained, model_args, kwargs)
+
+
+@_register
+def convmixer_256_8_ks7_p2(pretrained=False, **kwargs) -> ConvMixer:
+    """ConvMixer-256/8, kernel 7, patch 2, for CIFAR-10."""
+    model_args = dict(dim=256, depth=8, kernel_size=7, patch_size=2)
+    return _create_convmixer("convmixer_256_8_ks7_p2", pretrained, model_args, kwargs)
+
+
+@_register
+def convmixer_256_8_ks9_p1(pretrained=False, **kwargs) -> ConvMixer:
+    """ConvMixer-256/8, kernel 9, patch 1, for CIFAR-10."""
+    model_args = dict(dim=256, depth=8, kernel_size=9, patch_size=1)
+    return _create_convmixer("convmixer_256_8_ks9_p1", pretrained, model_args, kwargs)
+
+
+@_register
+def convmixer_256_16_ks9_p1(pretrained=False, **kwargs) -> ConvMixer:
+    """ConvMixer-256/16, kernel 9, patch 1, for CIFAR-10."""
+    model_args = dict(dim=256, depth=16, kernel_size=9, patch_size=1)
+    return _create_convmixer("convmixer_256_16_ks9_p1", pretrained, model_args, kwargs)
+
+
+@_register
+def convmixer_128_8(pretrained=False, **kwargs) -> ConvMixer:
+    """ConvMixer-128/8, kernel 5, patch 2, for CIFAR-10."""
+    model_args = dict(dim=128, depth=8, kernel_size=5, patch_size=2)
+    return _create_convmixer("convmixer_128_8", pretrained, model_args, kwargs)
+
+
+@_register
+def convmixer_128_4(pretrained=False, **kwargs) -> ConvMixer:
+    """ConvMixer-128/4, kernel 5, patch 2, for CIFAR-10."""
+    model_args = dict(dim=128, depth=4, kernel_size=5, patch_size=2)
+    return _create_convmixer("convmixer_128_4", pretrained, model_args, kwargs)

@@ -1,0 +1,27 @@
+"""Where this package keeps files, and how it writes them: whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["atomic_path", "cache_dir"]
+
+
+def cache_dir() -> Path:
+    """The user's folder for what this package builds or downloads."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer-timm"
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Gives a temporary path to write to, which becomes `path` when the block ends well and vanishes when it fails.
+
+    Several processes may do so at once: each writes its own file and the last rename wins.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        os.replace(temporary, path)

@@ -1,0 +1,66 @@
+"""Builds ``native.cpp`` with the machine's C++ compiler at first use and loads it.
+
+Nothing is built at import or for inference. Where there is no compiler (or no OpenMP), `library` gives None and
+the callers take PyTorch's own operations.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from .files import atomic_path, cache_dir
+
+__all__ = ["enabled", "library", "set_fast_training"]
+
+_logger = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -shared -fPIC".split()
+_enabled = os.environ.get("CONVMIXER_TIMM_FAST", "1") != "0"
+
+
+def set_fast_training(enable: bool = True) -> None:
+    """Turn the fast CPU training kernels on or off (``CONVMIXER_TIMM_FAST=0`` in the environment does it too)."""
+    global _enabled
+    _enabled = enable
+
+
+def enabled() -> bool:
+    """Whether the fast CPU training kernels may be used."""
+    return _enabled
+
+
+def _machine() -> str:
+    """What the built code depends on besides its source: a cache may be shared by different processors."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they can't be built (the reason is logged at level INFO)."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if not sys.platform.startswith("linux") or not compiler:
+        _logger.info("No C++ compiler found: ConvMixer trains with PyTorch's own operations.")
+        return None
+    key = "\n".join([_SOURCE.read_text(), compiler, _machine(), *_FLAGS])
+    path = cache_dir() / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    try:
+        if not path.exists():
+            with atomic_path(path) as built:
+                command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(built)]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        _logger.info("The fast kernels could not be built, ConvMixer trains without them: %s", reason.strip())
+        return None

@@ -1,0 +1,40 @@
+"""What the registered variants cost and which weights there are for them."""
+
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["Variant", "variants"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One registered ConvMixer: its name, parameters, multiply-adds at its input size (C, H, W), and weights."""
+
+    name: str
+    params: int
+    macs: int
+    input_size: tuple[int, int, int]
+    weights: tuple[str, ...]
+
+
+def variants() -> list[Variant]:
+    """All registered ConvMixers, by timm's order of names. Nothing is computed: the models are made without data."""
+    out = []
+    for name in timm.list_models("convmixer*"):
+        model = timm.create_model(name, device="meta").eval()
+        size = tuple(model.pretrained_cfg["input_size"])
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, *size, device="meta"))
+        out.append(
+            Variant(
+                name=name,
+                params=sum(p.numel() for p in model.parameters()),
+                macs=counter.get_total_flops() // 2,
+                input_size=size,
+                weights=tuple(timm.list_pretrained(f"{name}.*")),
+            )
+        )
+    return out
