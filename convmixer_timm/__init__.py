@@ -1,5 +1,12 @@
 """ConvMixer for timm: importing this package registers the variants with timm's model registry."""
 
+import os
+import sys
+
+if sys.argv[:1] == ["-m"] and os.path.exists("timm/__init__.py") and os.path.exists("train.py"):
+    # `python -m convmixer_timm` inside a clone of timm: the clone must not stand in for the installed timm.
+    sys.path[:] = [p for p in sys.path if p not in ("", os.getcwd())]
+
 from .compat import mend_posterize
 from .convmixer import ConvMixer
 from .native import set_fast_training

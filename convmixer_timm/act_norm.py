@@ -53,7 +53,8 @@ class _ActNorm(torch.autograd.Function):
             y = F.gelu(x) if ctx.gelu else F.relu(x)
             y = F.batch_norm(y, None, None, gamma, torch.zeros_like(gamma), training=True, eps=ctx.eps)
             x_grad, gamma_grad = torch.autograd.grad(y, (x, gamma), grad, create_graph=True)
-            return x_grad, grad, gamma_grad, grad.sum((0, 2, 3), dtype=gamma.dtype), None, None
+            shortcut_grad = grad if ctx.needs_input_grad[1] else None
+            return x_grad, shortcut_grad, gamma_grad, grad.sum((0, 2, 3), dtype=gamma.dtype), None, None
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
         channels = x.shape[1]
         x_grad = torch.empty_like(x)
@@ -66,7 +67,8 @@ class _ActNorm(torch.autograd.Function):
             ctypes.c_int64(channels),
             ctypes.c_double(ctx.eps),
         )
-        return x_grad, grad if ctx.needs_input_grad[1] else None, gamma_grad, beta_grad, None, None
+        shortcut_grad = grad if ctx.needs_input_grad[1] else None
+        return x_grad, shortcut_grad, gamma_grad, beta_grad, None, None
 
 
 def has_hooks(module: nn.Module) -> bool:

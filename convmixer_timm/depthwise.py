@@ -67,13 +67,14 @@ def _folded_weight_grad(x, grad, kernel_size):
     x = F.pad(x, (before, after, before, after)).contiguous()
     grad = grad.contiguous()
     h, w = grad.shape[2:]
-    accumulate = torch.promote_types(x.dtype, torch.float32)
+    accumulate = torch.promote_types(x.dtype, torch.float32)  # bf16 would round each image's part
     total = torch.zeros(x.shape[1], kernel_size, kernel_size, dtype=accumulate)
     for xs, gs in zip(x.split(_FOLD), grad.split(_FOLD), strict=True):
+        xs, gs = xs.to(accumulate), gs.to(accumulate)
         images, channels = xs.shape[:2]
         groups = images * channels
         taps = F.conv2d(xs.reshape(1, groups, *xs.shape[2:]), gs.reshape(groups, 1, h, w), groups=groups)
-        total += taps.view(images, channels, kernel_size, kernel_size).sum(0, dtype=accumulate)
+        total += taps.view(images, channels, kernel_size, kernel_size).sum(0)
     return total.unsqueeze(1).to(x.dtype), grad.sum((0, 2, 3), dtype=accumulate).to(x.dtype)
 
 

@@ -1,0 +1,23 @@
+import os
+from pathlib import Path
+
+import pytest
+
+import convmixer_timm  # noqa: F401  registers the variants
+
+IMAGES = Path(__file__).parent / "images"
+
+
+@pytest.fixture
+def cifar_images() -> list[tuple[Path, str]]:
+    """30 CIFAR-10 test images, three a class, with their labels."""
+    return [(path, path.parent.name) for path in sorted(IMAGES.glob("*/*.jpg"))]
+
+
+@pytest.fixture(scope="session")
+def timm_scripts() -> Path:
+    """A clone of timm's repository: timm's own scripts are not in its wheel."""
+    folder = os.environ.get("TIMM_SCRIPTS")
+    if not folder:
+        pytest.skip("set TIMM_SCRIPTS to a clone of huggingface/pytorch-image-models")
+    return Path(folder)
