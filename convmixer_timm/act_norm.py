@@ -41,7 +41,7 @@ class _ActNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, shortcut, gamma, _, ctx.gelu, ctx.eps = inputs
+        x, _, gamma, _, ctx.gelu, ctx.eps = inputs
         _, mean, var = output
         ctx.mark_non_differentiable(mean, var)
         ctx.save_for_backward(x, gamma, mean, var)
@@ -104,7 +104,9 @@ def can_fuse(x: torch.Tensor, act: nn.Module, norm: nn.Module) -> bool:
     )
 
 
-def act_norm(x: torch.Tensor, act: nn.Module, norm: nn.BatchNorm2d, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+def act_norm(
+    x: torch.Tensor, act: nn.Module, norm: nn.BatchNorm2d, shortcut: torch.Tensor | None = None
+) -> torch.Tensor:
     """``norm(act(x))``, plus `shortcut` if there is one; running statistics move as `norm` would move them.
 
     Args:
@@ -122,6 +124,8 @@ def act_norm(x: torch.Tensor, act: nn.Module, norm: nn.BatchNorm2d, shortcut: to
         x, shortcut, norm.weight.float(), norm.bias.float(), isinstance(act, nn.GELU), norm.eps
     )
     with torch.no_grad():
+        assert norm.momentum is not None and norm.running_mean is not None  # `can_fuse`
+        assert norm.running_var is not None and norm.num_batches_tracked is not None
         count = x.numel() // x.shape[1]
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
@@ -135,6 +139,7 @@ def conv_act_norm(
     """``norm(act(conv(x)))``, plus `shortcut` if there is one, with `act_norm` where it serves."""
     x = conv(x)
     if can_fuse(x, act, norm):
+        assert isinstance(norm, nn.BatchNorm2d)
         return act_norm(x, act, norm, shortcut)
     x = norm(act(x))
     return x if shortcut is None else x + shortcut

@@ -11,13 +11,15 @@ All of them are the same network, so this is a renaming. The activation leaves n
 checkpoint wants ReLU or GELU its source has to tell.
 """
 
+import argparse
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn as nn
-from timm.models import clean_state_dict, load_state_dict
+from timm.models import clean_state_dict
 
 from .files import atomic_path
 
@@ -113,8 +115,9 @@ def to_timm_layout(state_dict: StateDict) -> tuple[StateDict, str]:
         ValueError: If the keys are those of no known ConvMixer.
     """
     for wrapper in _WRAPPERS:
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
+        inner = state_dict.get(wrapper)
+        if isinstance(inner, dict):
+            state_dict = inner
             break
     state_dict = clean_state_dict(state_dict)
     layout = next((name for name, key in _MARKERS.items() if key in state_dict), None)
@@ -159,15 +162,19 @@ def read_checkpoint(path: str | Path) -> StateDict:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it can't be read, or is a pickle that asks for code.
+        ValueError: If it can't be read, or is a pickle that asks for code, as some of torch's own (a whole module) do.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No such checkpoint file: {path}")
     try:
-        return load_state_dict(str(path), weights_only=True)
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # timm's checkpoints carry their training arguments as a Namespace
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors each have their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ValueError(f"{path} can't be read as weights: {reason}") from error
 
 
@@ -181,12 +188,10 @@ def convert(source: str | Path, target: str | Path) -> tuple[Shape, str]:
         FileNotFoundError: If there is no `source`.
         ValueError: If `source` can't be read or is no ConvMixer, or if `target` doesn't end in ``.safetensors``.
     """
-    from safetensors.torch import save_file
-
     target = Path(target)
     if target.suffix != ".safetensors":
         raise ValueError(f"The output must end in .safetensors, got {target}")
     state_dict, layout = to_timm_layout(read_checkpoint(source))
     with atomic_path(target) as temporary:
-        save_file({k: v.detach().clone().contiguous() for k, v in state_dict.items()}, temporary)
+        safetensors.torch.save_file({k: v.detach().clone().contiguous() for k, v in state_dict.items()}, temporary)
     return Shape.of(state_dict), layout

@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import sys
-from pathlib import Path
 
 from . import __version__
 
@@ -78,7 +77,9 @@ def _list(args: argparse.Namespace) -> int:
         rows.append((v.name, f"{v.params / 1e6:.2f}", f"{v.macs / 1e9:.2f}", size, ", ".join(v.weights) or "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
-        cells = (f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths)))
+        cells = (
+            f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        )
         print("  ".join([*cells, row[-1]]))
     return 0
 

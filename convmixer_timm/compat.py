@@ -4,6 +4,8 @@
 oldest timm that this package supports no longer needs it.
 """
 
+import functools
+
 from timm.data import auto_augment
 
 __all__ = ["mend_cpu_ddp", "mend_posterize"]
@@ -38,10 +40,10 @@ def mend_cpu_ddp() -> None:
     if hasattr(original, "__wrapped__"):
         return
 
+    @functools.wraps(original)
     def init(self, module, device_ids=None, *args, **kwargs):
         if all(p.device.type == "cpu" for p in module.parameters()):
             device_ids = None
         original(self, module, device_ids, *args, **kwargs)
 
-    init.__wrapped__ = original
-    DistributedDataParallel.__init__ = init
+    DistributedDataParallel.__init__ = init  # type: ignore[method-assign]

@@ -137,9 +137,10 @@ class ConvMixer(nn.Module):
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-        dd = {"device": device, "dtype": dtype}
-        act_layer = get_act_layer(act_layer)
-        norm_layer = get_norm_layer(norm_layer)
+        # Left out where not asked for: not every norm takes them.
+        dd = {k: v for k, v in {"device": device, "dtype": dtype}.items() if v is not None}
+        act: Callable[..., nn.Module] = get_act_layer(act_layer)
+        norm: Callable[..., nn.Module] = get_norm_layer(norm_layer)
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -148,20 +149,20 @@ class ConvMixer(nn.Module):
 
         self.stem = ConvActNorm(
             nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, **dd),
-            act_layer(),
-            norm_layer(dim, **dd),
+            act(),
+            norm(dim, **dd),
         )
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *[
                 Block(
                     Residual(
-                        ConvActNorm(DepthwiseConv2d(dim, kernel_size, **dd), act_layer(), norm_layer(dim, **dd)),
+                        ConvActNorm(DepthwiseConv2d(dim, kernel_size, **dd), act(), norm(dim, **dd)),
                         drop_path=rate,
                     ),
                     nn.Conv2d(dim, dim, kernel_size=1, **dd),
-                    act_layer(),
-                    norm_layer(dim, **dd),
+                    act(),
+                    norm(dim, **dd),
                     drop_path=rate,
                     residual=pointwise_residual,
                 )

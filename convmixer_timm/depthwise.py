@@ -26,9 +26,7 @@ def _padding(kernel_size: int) -> tuple[int, int]:
 
 
 @torch.library.custom_op("convmixer_timm::depthwise_weight_grad", mutates_args=())
-def depthwise_weight_grad(
-    x: torch.Tensor, grad: torch.Tensor, kernel_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor, kernel_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of a stride-1 depthwise convolution with ``padding='same'`` for its weight and bias.
 
     Args:
@@ -153,9 +151,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """`nn.Conv2d` with one k x k filter a channel, stride 1, ``padding='same'``, that calls `depthwise_conv2d`."""
 
     def __init__(self, dim: int, kernel_size: int, bias: bool = True, device=None, dtype=None):
-        super().__init__(
-            dim, dim, kernel_size, groups=dim, padding="same", bias=bias, device=device, dtype=dtype
-        )
+        super().__init__(dim, dim, kernel_size, groups=dim, padding="same", bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():

@@ -4,7 +4,9 @@ import glob
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn as nn
@@ -48,9 +50,8 @@ def load_image(path: Path, channels: int = 3) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
-                image.load()
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)  # which loads it
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = Image.MAX_IMAGE_PIXELS
         raise OSError(f"too large, more than {limit:,} pixels are not read") from error
@@ -61,8 +62,9 @@ def load_image(path: Path, channels: int = 3) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise on damaged files
         raise OSError(f"damaged image ({error})") from error
     if image.mode.startswith("I") or image.mode == "F":
-        top = 65535 if image.mode != "F" or image.getextrema()[1] > 255 else 255
-        image = image.convert("F").point(lambda v: v * (255 / top)).convert("L")
+        values = np.asarray(image, np.float32)
+        top = 65535 if values.max() > 255 else 255
+        image = Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("L" if channels == 1 else "RGB")
@@ -86,7 +88,7 @@ def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
     return timm.create_model(name, pretrained=True).eval().to(device)
 
 
-def class_names(model: nn.Module) -> list[str]:
+def class_names(model: Any) -> list[str]:
     """The model's classes: from its pretrained config, else ImageNet's where the number fits, else numbers."""
     names = model.pretrained_cfg.get("label_names")
     if names and len(names) == model.num_classes:

@@ -1,6 +1,7 @@
 """What the registered variants cost and which weights there are for them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -24,7 +25,7 @@ def variants() -> list[Variant]:
     """All registered ConvMixers, by timm's order of names. Nothing is computed: the models are made without data."""
     out = []
     for name in timm.list_models("convmixer*"):
-        model = timm.create_model(name, device="meta").eval()
+        model: Any = timm.create_model(name, device="meta").eval()
         size = tuple(model.pretrained_cfg["input_size"])
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, *size, device="meta"))

@@ -1,7 +1,8 @@
 """A finished training run, packed as timm and the Hugging Face Hub read a checkpoint.
 
-The folder holds ``model.safetensors`` and ``config.json`` (what timm's ``local-dir:`` and ``hf-hub:`` load),
-``args.yaml`` (every setting, itself a ``train.py --config``), ``summary.csv`` (the history) and ``README.md`` (the card).
+The folder holds ``model.safetensors`` and ``config.json``, which timm's ``local-dir:`` and ``hf-hub:`` load,
+``args.yaml`` with every setting (itself a ``train.py --config``), ``summary.csv`` with the history, and the card,
+``README.md``.
 """
 
 import csv
@@ -10,6 +11,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import yaml
@@ -104,7 +106,7 @@ def pack_run(run: Path, target: Path, evaluation: Evaluation, ema: bool = False)
         raise ValueError(f"The folder must be named {args['model']}.TAG, got {target.name}")
     if ema and not args["model_ema"]:
         raise ValueError(f"{run} has no averaged weights")
-    model = timm.create_model(
+    model: Any = timm.create_model(
         architecture,
         num_classes=args["num_classes"],
         in_chans=args["in_chans"],
@@ -116,7 +118,7 @@ def pack_run(run: Path, target: Path, evaluation: Evaluation, ema: bool = False)
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary:
         folder = Path(temporary) / target.name
-        timm.models.save_for_hf(model, folder, safe_serialization=True)
+        timm.models.save_for_hf(model, str(folder), safe_serialization=True)
         (folder / "args.yaml").write_text(yaml.safe_dump(args))
         shutil.copy(run / "summary.csv", folder)
         (folder / "README.md").write_text(_card(model, target.name, args, run / "summary.csv", evaluation, ema))

@@ -163,7 +163,9 @@ def test_deep_models_are_ordered_by_number():
 
 @pytest.mark.parametrize("change", [dict(dim=32), dict(depth=4), dict(kernel_size=7), dict(patch_size=1)])
 def test_another_size_is_named(source, change):
-    with pytest.raises(ValueError, match="expected dim .* found dim 24, depth 3, kernel_size 5, patch_size 2") as error:
+    with pytest.raises(
+        ValueError, match=r"expected dim .* found dim 24, depth 3, kernel_size 5, patch_size 2"
+    ) as error:
         checkpoint_filter_fn(source.state_dict(), our_model(**change))
     (name, value), *_ = change.items()
     assert f"{name} {value}" in str(error.value).split("found")[0]

@@ -67,7 +67,11 @@ def png_16_bit(path, values):
     """A 16-bit greyscale PNG, written by hand."""
     height, width = values.shape
     raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)), (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(raw)),
+        (b"IEND", b""),
+    ]
     body = b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
@@ -157,9 +161,10 @@ def test_a_local_folder_with_one_channel_and_other_labels(tmp_path, cifar_images
 
     torch.manual_seed(0)
     model = timm.create_model("convmixer_128_4", in_chans=1, num_classes=2, depth=2)
-    config = {"label_names": ["ant", "bee"], "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}
-    args = {"in_chans": 1, "depth": 2}
-    save_for_hf(model, tmp_path, model_config={**config, "num_classes": 2}, model_args=args, safe_serialization=True)
+    data = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "num_classes": 2, "label_names": None}
+    config = {"pretrained_cfg": data, "label_names": ["ant", "bee"]}
+    args = {"in_chans": 1, "num_classes": 2, "depth": 2}
+    save_for_hf(model, tmp_path, model_config=config, model_args=args, safe_serialization=True)
     code, out, _ = run(capsys, cifar_images[0][0], "--model", f"local-dir:{tmp_path}", "--format", "json")
     assert code == 0
     assert {c["label"] for c in json.loads(out)[0]["classes"]} == {"ant", "bee"}

@@ -19,8 +19,9 @@ from convmixer_timm.cli import main
 
 HERE = Path(__file__).parent
 TRAIN_ARGS = (
-    "--model convmixer_128_4 --device cpu --epochs 2 -b 10 --val-split validation --opt adamw --lr 0.01 --warmup-epochs 0"
-    " --aa rand-m10-n2-inc1 --scale 0.8 1.0 --amp --amp-dtype bfloat16 --channels-last -j 1 --checkpoint-hist 1"
+    "--model convmixer_128_4 --device cpu --epochs 2 -b 10 --val-split validation --opt adamw --lr 0.01"
+    " --warmup-epochs 0 --aa rand-m10-n2-inc1 --scale 0.8 1.0 --amp --amp-dtype bfloat16 --channels-last -j 1"
+    " --checkpoint-hist 1"
 ).split()
 
 
@@ -63,11 +64,23 @@ def test_train_then_validate(timm_scripts, data, tmp_path):
     assert [row["epoch"] for row in rows] == ["0", "1"]
     checkpoint = tmp_path / "run" / "last.pth.tar"
     results = tmp_path / "results.csv"
-    validate = ["validate", "--data-dir", data, "--split", "validation", "--model", "convmixer_128_4", "--device", "cpu"]
+    validate = [
+        "validate",
+        "--data-dir",
+        data,
+        "--split",
+        "validation",
+        "--model",
+        "convmixer_128_4",
+        "--device",
+        "cpu",
+    ]
     validate += ["--checkpoint", checkpoint, "--results-file", results, "-b", "10", "--channels-last", "-j", "1"]
     run(launcher(*validate), TIMM_SCRIPTS=str(timm_scripts))
     (row,) = csv.DictReader(results.open())
-    assert float(row["top1"]) == pytest.approx(float(rows[-1]["eval_top1"]), abs=3.4)  # bf16 there, fp32 here: one image
+    assert float(row["top1"]) == pytest.approx(
+        float(rows[-1]["eval_top1"]), abs=3.4
+    )  # bf16 there, fp32 here: one image
 
 
 def test_two_processes_train_and_save_once(timm_scripts, data, tmp_path):
@@ -83,7 +96,9 @@ def test_two_processes_train_and_save_once(timm_scripts, data, tmp_path):
 def test_a_clones_timm_does_not_shadow_the_installed_one(tmp_path):
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "__init__.py").write_text("raise ImportError('the clone was imported')")
-    (tmp_path / "train.py").write_text("import timm, sys; print(timm.__file__, sys.argv[1:], timm.is_model('convmixer_128_4'))")
+    (tmp_path / "train.py").write_text(
+        "import timm, sys; print(timm.__file__, sys.argv[1:], timm.is_model('convmixer_128_4'))"
+    )
     for cwd in (tmp_path.parent, tmp_path):
         command = launcher("--timm-scripts", tmp_path, "train", "--lr", "1", "-h")
         result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)

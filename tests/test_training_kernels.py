@@ -128,7 +128,9 @@ def test_one_switch_turns_it_off(monkeypatch):
     finally:
         set_fast_training(True)
     code = "import convmixer_timm.native as n; assert not n.enabled()"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**__import__("os").environ, "CONVMIXER_TIMM_FAST": "0"})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**__import__("os").environ, "CONVMIXER_TIMM_FAST": "0"}
+    )
 
 
 def test_build_problems_leave_pytorchs_operations(monkeypatch, tmp_path, caplog):

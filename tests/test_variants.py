@@ -78,7 +78,9 @@ def test_cifar10_config(name):
     assert bool(cfg.has_weights) == bool(timm.list_pretrained(f"{name}.*"))
 
 
-@pytest.mark.parametrize("folder", sorted(p.parent for p in WEIGHTS_DIR.glob("*/model.safetensors")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "folder", sorted(p.parent for p in WEIGHTS_DIR.glob("*/model.safetensors")), ids=lambda p: p.name
+)
 def test_bundled_weights_agree_with_their_folder(folder):
     config = json.loads((folder / "config.json").read_text())
     cfg = timm.get_pretrained_cfg(folder.name)
@@ -104,8 +106,9 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 
 
 def test_import_is_silent():
-    result = run_python("import warnings; warnings.simplefilter('error'); import torch, timm; import convmixer_timm")
-    assert result.stdout == result.stderr == ""
+    timms_own = run_python("import torch, timm")  # older ones warn on newer torch
+    result = run_python("import torch, timm, warnings; warnings.simplefilter('error'); import convmixer_timm")
+    assert (result.stdout, result.stderr) == (timms_own.stdout, timms_own.stderr)
 
 
 def test_import_is_cheap():
