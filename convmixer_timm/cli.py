@@ -93,9 +93,34 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from .launch import restart_with_allocator_settings
     from .scripts import find_script, run_script
 
-    run_script(find_script(args.script, args.timm_scripts), args.args)
+    try:
+        path = find_script(args.script, args.timm_scripts)
+    except OSError as error:
+        return _fail(error)
+    if args.settings and args.from_shell:
+        restart_with_allocator_settings(args.args)
+    run_script(path, args.args)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .launch import train_arguments
+
+    try:
+        args.script, args.args = "train", train_arguments(args.recipe, args.args)
+    except ValueError as error:
+        return _fail(error)
+    return _run(args)
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from .launch import recipes
+
+    for name, description in recipes().items():
+        print(f"{name:16}{description}")
     return 0
 
 
@@ -123,23 +148,28 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("source", metavar="IN", help="checkpoint of timm, the authors, labml or mmpretrain")
     p.add_argument("target", metavar="OUT.safetensors")
 
-    p = command("run", _run, "Run one of timm's scripts with the ConvMixer variants registered.")
-    p.add_argument("--timm-scripts", metavar="DIR", help="clone of timm's repository ($TIMM_SCRIPTS; else downloaded)")
-    p.add_argument("script", metavar="SCRIPT", help="train, validate, inference, benchmark, onnx_export, …")
-    p.add_argument("args", nargs=argparse.REMAINDER, metavar="…", help="the script's own arguments")
+    def runner(name, run, what, help, rest):
+        p = command(name, run, help)
+        where = "clone of timm's repository ($TIMM_SCRIPTS; else downloaded)"
+        p.add_argument("--timm-scripts", metavar="DIR", help=where)
+        p.add_argument(
+            "--no-cpu-settings", dest="settings", action="store_false", help="leave the memory allocator as it is"
+        )
+        p.add_argument(what, metavar=what.upper(), help=rest)
+        p.add_argument("args", nargs=argparse.REMAINDER, metavar="…", help="the script's own arguments")
+
+    scripts = "train, validate, inference, benchmark, onnx_export, …"
+    runner("run", _run, "script", "Run one of timm's scripts with the ConvMixer variants registered.", scripts)
+    runner("train", _train, "recipe", "Train by a recipe, or go on with an interrupted run.", "name or YAML file")
+    command("recipes", _recipes, "Show the recipes.")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code. What a user can mend comes as one line on stderr."""
     args = _parser().parse_args(argv)
-    if args.run is _run:  # the script's own errors pass through as they are
-        from .scripts import find_script
-
-        try:
-            find_script(args.script, args.timm_scripts)
-        except OSError as error:
-            return _fail(error)
+    args.from_shell = argv is None
+    if args.run in (_run, _train):  # a script's errors pass through as they are
         return args.run(args)
     try:
         return args.run(args)

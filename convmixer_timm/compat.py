@@ -1,14 +1,16 @@
 """What timm gets wrong with newer releases of what it stands on, mended in one narrow place each.
 
-`mend_posterize` is called when the package is imported, `mend_cpu_ddp` by the launcher only. Each one can go when the
+`mend_posterize` is called when the package is imported, the others by the launcher only. Each one can go when the
 oldest timm that this package supports no longer needs it.
 """
 
+import csv
 import functools
+from pathlib import Path
 
 from timm.data import auto_augment
 
-__all__ = ["mend_cpu_ddp", "mend_posterize"]
+__all__ = ["mend_cpu_ddp", "mend_posterize", "mend_resumed_summary"]
 
 _posterize = auto_augment.posterize
 
@@ -47,3 +49,30 @@ def mend_cpu_ddp() -> None:
         original(self, module, device_ids, *args, **kwargs)
 
     DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
+
+
+def mend_resumed_summary() -> None:
+    """Keep ``summary.csv`` one table, a row an epoch, when a run is resumed.
+
+    Older ``train.py`` writes the header once more then, and repeats an epoch that had its row but no checkpoint yet.
+    """
+    from timm import utils
+
+    original = utils.update_summary
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def update_summary(epoch, train_metrics, eval_metrics, filename, *args, **kwargs):
+        path = Path(filename)
+        if path.exists():
+            with path.open(newline="") as file:
+                header, *rows = csv.reader(file)
+            before = [row for row in rows if row[0].isdigit() and int(row[0]) < epoch]
+            if before != rows:
+                with path.open("w", newline="") as file:
+                    csv.writer(file).writerows([header, *before])
+        kwargs["write_header"] = not path.exists()
+        original(epoch, train_metrics, eval_metrics, filename, *args, **kwargs)
+
+    utils.update_summary = update_summary

@@ -1,0 +1,195 @@
+"""Times one training step (forward, backward, AdamW) of this package's ConvMixer against timm's own class.
+
+    python benchmarks/train_step.py --model convmixer_256_8 --batch-size 128 512 --csv benchmarks/results/train_step.csv
+
+Every setting runs in a process of its own, because the memory allocator is set when a process starts. All are warmed up,
+then take turns; the ratio is of medians over the turns. The floor is what the step would take if it did nothing but the
+convolutions' multiply-adds at the speed measured here, and read and wrote each activation once a pass.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SETTINGS = {  # name: (whose class, compiled, allocator settings)
+    "timm eager": ("timm", False, False),
+    "timm compiled": ("timm", True, False),
+    "ours": ("ours", False, True),
+    "ours compiled": ("ours", True, True),
+    "ours, default allocator": ("ours", False, False),
+}
+
+
+def build(whose: str, name: str):
+    import timm
+    from timm.models.convmixer import ConvMixer as TimmConvMixer
+
+    import convmixer_timm  # noqa: F401
+
+    model = timm.create_model(name)
+    if whose == "ours":
+        return model
+    depthwise = model.blocks[0][0].fn[0]
+    theirs = TimmConvMixer(
+        model.num_features,
+        len(model.blocks),
+        depthwise.kernel_size[0],
+        model.stem[0].kernel_size[0],
+        num_classes=model.num_classes,
+        act_layer=type(model.stem[1]),
+    )
+    theirs.pretrained_cfg = model.pretrained_cfg
+    return theirs
+
+
+def work(args) -> None:
+    """A worker: answers each line on stdin with the seconds of one step."""
+    import torch
+
+    whose, compiled, _ = SETTINGS[args.worker]
+    torch.manual_seed(0)
+    model = build(whose, args.model).to(memory_format=torch.channels_last).train()
+    images = torch.randn(args.batch_size[0], *model.pretrained_cfg["input_size"])
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(model.num_classes, (len(images),))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    run = torch.compile(model) if compiled else model
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = torch.nn.functional.cross_entropy(run(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+
+
+def floor_seconds(args) -> float:
+    """The least time of a step, from speeds measured now."""
+    import torch
+    import torch.nn.functional as F
+
+    model = build("ours", args.model)
+    dim, depth, patch = model.num_features, len(model.blocks), model.stem[0].kernel_size[0]
+    kernel = model.blocks[0][0].fn[0].kernel_size[0]
+    side = model.pretrained_cfg["input_size"][-1] // patch
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    x = torch.randn(args.batch_size[0], dim, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
+    depthwise, pointwise = torch.randn(dim, 1, kernel, kernel).to(dtype), torch.randn(dim, dim, 1, 1).to(dtype)
+    out = torch.empty_like(x)
+
+    def best(f):
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            f()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    bias = torch.zeros(dim, dtype=dtype)
+    with torch.no_grad():
+        vector = best(lambda: F.conv2d(x, depthwise, bias, padding="same", groups=dim))
+        matrix = best(lambda: F.conv2d(x, pointwise, bias))
+        copy = best(lambda: out.copy_(x))  # reads and writes a tensor
+    # Each convolution three times (forward, input gradient, weight gradient). Norms: forward reads and writes once, plus
+    # the shortcut; backward reads two tensors and writes one.
+    return depth * (3 * vector + 3 * matrix + copy / 2 * (2 * 2 + 1 + 2 * 3))
+
+
+def measure(args, batch_size: int) -> list[dict]:
+    from convmixer_timm.launch import allocator_settings
+
+    args.batch_size = [batch_size]
+    workers = {}
+    for name in args.settings:
+        environment = dict(os.environ)
+        if SETTINGS[name][2]:
+            environment |= allocator_settings(environment)
+        command = [sys.executable, __file__, "--worker", name, "--model", args.model, "--precision", args.precision]
+        command += ["--batch-size", str(batch_size)]
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        assert worker.stdout.readline() == "ready\n", name
+        workers[name] = worker
+    seconds, memory = {name: [] for name in workers}, {}
+    for _ in range(args.repeats):
+        for name, worker in workers.items():
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            took, memory[name] = map(float, worker.stdout.readline().split())
+            seconds[name].append(took)
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    floor = floor_seconds(args)
+    best = min(statistics.median(seconds[n]) for n in workers if n.startswith("timm"))
+    rows = []
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        rows.append(
+            {
+                "model": args.model,
+                "precision": args.precision,
+                "batch_size": batch_size,
+                "setting": name,
+                "images_per_s": round(batch_size / median, 1),
+                "slowest": round(batch_size / max(values), 1),
+                "fastest": round(batch_size / min(values), 1),
+                "times_timms_best": round(best / median, 2),
+                "share_of_floor": round(floor / median, 2),
+                "peak_MiB": round(memory[name]),
+            }
+        )
+        print("  ".join(f"{k}={v}" for k, v in rows[-1].items() if k not in ("model", "precision")), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="convmixer_256_8")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    parser.add_argument("--worker", choices=SETTINGS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(args)
+
+    import timm
+    import torch
+
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+    )
+    machine = {"cpu": f"{cpu or platform.processor()} x{torch.get_num_threads()}", "torch": torch.__version__}
+    machine["timm"] = timm.__version__
+    print(machine)
+    for batch_size in list(args.batch_size):
+        rows = [{**row, **machine} for row in measure(args, batch_size)]
+        if args.csv:
+            args.csv.parent.mkdir(parents=True, exist_ok=True)
+            new = not args.csv.exists()
+            with args.csv.open("a", newline="") as file:
+                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

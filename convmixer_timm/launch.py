@@ -1,0 +1,96 @@
+"""Settings of the process that trains, and the recipes that it trains with."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+__all__ = ["allocator_settings", "recipes", "restart_with_allocator_settings", "train_arguments"]
+
+RECIPES = Path(__file__).with_name("recipes")
+
+# glibc gives every large tensor back to the system and pays for its page faults again at the next step. Kept instead,
+# a step of batch 512 took half the time (benchmarks/README.md; jemalloc and tcmalloc did no better than this).
+_GLIBC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+_RESTARTED = "CONVMIXER_TIMM_RESTARTED"
+
+
+def allocator_settings(environment: dict[str, str]) -> dict[str, str]:
+    """What to add to the environment of a process that trains on a CPU.
+
+    Empty where the user chose an allocator or any of its settings, or where the C library isn't glibc.
+    """
+    chosen = "malloc" in environment.get("LD_PRELOAD", "") or any(name in environment for name in _GLIBC)
+    if chosen or platform.libc_ver()[0] != "glibc":
+        return {}
+    return dict(_GLIBC)
+
+
+def _on_cpu(args: list[str]) -> bool:
+    for i, arg in enumerate(args):
+        if arg.startswith("--device="):
+            return arg.partition("=")[2] == "cpu"
+        if arg == "--device" and i + 1 < len(args):
+            return args[i + 1] == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def restart_with_allocator_settings(args: list[str]) -> None:
+    """Replaces this process by itself with `allocator_settings`, if `args` run on a CPU; says so on stderr.
+
+    The allocator reads its settings when a process starts. The process keeps its number, so signals, exit codes and
+    torchrun see no difference.
+    """
+    settings = {} if os.environ.get(_RESTARTED) or not _on_cpu(args) else allocator_settings(dict(os.environ))
+    if settings:
+        print("CPU settings:", *(f"{k}={v}" for k, v in settings.items()), file=sys.stderr, flush=True)
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **settings, _RESTARTED: "1"})
+
+
+def recipes() -> dict[str, str]:
+    """The recipes that ship with the package: name and first comment line."""
+    return {p.stem: p.read_text().splitlines()[0].lstrip("# ") for p in sorted(RECIPES.glob("*.yaml"))}
+
+
+def train_arguments(recipe: str, args: list[str]) -> list[str]:
+    """Arguments of ``train.py`` for a recipe: its file, then the user's own, which win.
+
+    Added where the user doesn't give them: the device, if it is a CPU; a folder ``output/train/RECIPE``, so that the
+    same command finds an interrupted run; and what resumes it from the last epoch that it finished.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        path = Path(recipe)
+        if not path.is_file():
+            raise ValueError(f"No recipe {recipe!r}; there are {', '.join(recipes())}, or give a YAML file.")
+    out = ["--config", str(path), *args]
+
+    def given(name: str) -> str | None:
+        for i, arg in enumerate(args):
+            if arg == name and i + 1 < len(args):
+                return args[i + 1]
+            if arg.startswith(f"{name}="):
+                return arg.partition("=")[2]
+        return None
+
+    if given("--device") is None and _on_cpu(args):
+        out += ["--device", "cpu"]
+    output, experiment = given("--output") or "output/train", given("--experiment")
+    if experiment is None:
+        seed = given("--seed")
+        experiment = path.stem + (f"-seed{seed}" if seed else "")
+        out += ["--output", output, "--experiment", experiment]
+    last = Path(output) / experiment / "last.pth.tar"
+    if given("--resume") is None and last.exists():
+        print(f"Resuming from {last}", file=sys.stderr)
+        out += ["--resume", str(last)]
+    return out
