@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py --model convmixer_256_8 --batch-size 128 512 --csv benchmarks/results/train_step.csv
 
-Every setting runs in a process of its own, because the memory allocator is set when a process starts. All are warmed up,
+Every setting runs in a process of its own, as the memory allocator is set when a process starts. All are warmed up,
 then take turns; the ratio is of medians over the turns. The floor is what the step would take if it did nothing but the
-convolutions' multiply-adds at the speed measured here, and read and wrote each activation once a pass.
+convolutions' multiply-adds at the speed measured here and read and wrote each activation once a pass.
 """
 
 import argparse
@@ -53,6 +53,8 @@ def work(args) -> None:
     """A worker: answers each line on stdin with the seconds of one step."""
     import torch
 
+    if args.worker == "floor":
+        return print(floor_seconds(args))
     whose, compiled, _ = SETTINGS[args.worker]
     torch.manual_seed(0)
     model = build(whose, args.model).to(memory_format=torch.channels_last).train()
@@ -105,25 +107,24 @@ def floor_seconds(args) -> float:
         vector = best(lambda: F.conv2d(x, depthwise, bias, padding="same", groups=dim))
         matrix = best(lambda: F.conv2d(x, pointwise, bias))
         copy = best(lambda: out.copy_(x))  # reads and writes a tensor
-    # Each convolution three times (forward, input gradient, weight gradient). Norms: forward reads and writes once, plus
-    # the shortcut; backward reads two tensors and writes one.
+    # Each convolution three times (forward, input gradient, weight gradient). Norms: forward reads and writes once,
+    # plus the shortcut; backward reads two tensors and writes one.
     return depth * (3 * vector + 3 * matrix + copy / 2 * (2 * 2 + 1 + 2 * 3))
 
 
 def measure(args, batch_size: int) -> list[dict]:
     from convmixer_timm.launch import allocator_settings
 
-    args.batch_size = [batch_size]
-    workers = {}
-    for name in args.settings:
-        environment = dict(os.environ)
-        if SETTINGS[name][2]:
-            environment |= allocator_settings(environment)
+    def start(name: str, allocator: bool) -> subprocess.Popen:
+        environment = {**os.environ, **(allocator_settings(dict(os.environ)) if allocator else {})}
         command = [sys.executable, __file__, "--worker", name, "--model", args.model, "--precision", args.precision]
         command += ["--batch-size", str(batch_size)]
-        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        assert worker.stdout.readline() == "ready\n", name
-        workers[name] = worker
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    workers = {}
+    for name in args.settings:
+        workers[name] = start(name, allocator=SETTINGS[name][2])
+        assert workers[name].stdout.readline() == "ready\n", name
     seconds, memory = {name: [] for name in workers}, {}
     for _ in range(args.repeats):
         for name, worker in workers.items():
@@ -134,7 +135,7 @@ def measure(args, batch_size: int) -> list[dict]:
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    floor = floor_seconds(args)
+    floor = float(start("floor", allocator=True).communicate()[0])
     best = min(statistics.median(seconds[n]) for n in workers if n.startswith("timm"))
     rows = []
     for name, values in seconds.items():
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    parser.add_argument("--worker", choices=SETTINGS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=[*SETTINGS, "floor"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(args)

@@ -1,9 +1,9 @@
 """A depthwise convolution whose weight gradient is fast on CPUs.
 
-oneDNN has a depthwise kernel for the forward pass and for the input gradient, but in channels-last layout it computes
-the weight gradient with a dense kernel, 40 % of a ConvMixer's training step. Here that one gradient comes from
-``native.cpp`` or, without a compiler, from a grouped convolution with the images folded into the channels. Every other
-part, and every other device, is PyTorch's own.
+oneDNN has a depthwise kernel for the forward pass, but in channels-last layout it computes the weight gradient with a
+dense kernel, 40 % of a ConvMixer's training step. Here that gradient comes from ``native.cpp`` or, without a compiler,
+from a grouped convolution with the images folded into the channels, and the input gradient from the forward kernel.
+Every other device runs PyTorch's own.
 """
 
 import ctypes
@@ -95,12 +95,20 @@ class _DepthwiseConv2d(torch.autograd.Function):
             return _pytorch_grads(x, weight, grad, [for_x, for_weight, for_bias and ctx.has_bias], ctx.has_bias)
         x_grad = weight_grad = bias_grad = None
         if for_x:
-            x_grad = _pytorch_grads(x, weight, grad, [True, False, False], ctx.has_bias)[0]
+            x_grad = _input_grad(x, weight, grad, ctx.has_bias)
         if for_weight:
             weight_grad, bias_grad = depthwise_weight_grad(x, grad, weight.shape[-1])
         elif for_bias:
             bias_grad = grad.sum((0, 2, 3))
         return x_grad, weight_grad, bias_grad if for_bias else None
+
+
+def _input_grad(x, weight, grad, has_bias):
+    dim, kernel_size = weight.shape[0], weight.shape[-1]
+    if kernel_size % 2 == 0:  # 'same' pads such a kernel unevenly
+        return _pytorch_grads(x, weight, grad, [True, False, False], has_bias)[0]
+    # The same sum as a forward convolution, the faster kernel. In fp32 PyTorch asks oneDNN only if there is a bias.
+    return F.conv2d(grad, weight.flip(2, 3), grad.new_zeros(dim), padding=kernel_size // 2, groups=dim)
 
 
 def _pytorch_grads(x, weight, grad, mask, has_bias):
