@@ -92,6 +92,20 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(args: argparse.Namespace) -> int:
+    from .verify import verifiable, verify
+
+    failed = 0
+    for name in args.names or verifiable():
+        try:
+            verify(name)
+            print(f"ok      {name}")
+        except ValueError as error:
+            failed += 1
+            print(f"FAILED  {name}: {' '.join(str(error).split())}")
+    return 1 if failed else 0
+
+
 def _run(args: argparse.Namespace) -> int:
     from .launch import restart_with_allocator_settings
     from .scripts import find_script, run_script
@@ -147,6 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     p = command("convert", _convert, "Convert another implementation's ConvMixer checkpoint to timm's layout.")
     p.add_argument("source", metavar="IN", help="checkpoint of timm, the authors, labml or mmpretrain")
     p.add_argument("target", metavar="OUT.safetensors")
+
+    p = command("verify", _verify, "Check the files of bundled and downloaded checkpoints.")
+    p.add_argument("names", nargs="*", metavar="NAME", help="checkpoints (all that are here)")
 
     def runner(name, run, what, help, rest):
         p = command(name, run, help)

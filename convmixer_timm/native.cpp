@@ -5,7 +5,7 @@
 //   act_norm_backward       its gradient, in two passes
 //
 // Activations are channels-last, [rows, channels] with rows = images x height x width, in fp32 or bf16. Everything is
-// computed in fp32, totals over rows are kept in fp64. `channels` is a multiple of LANES.
+// computed in fp32, totals over rows are kept in fp64. `channels` is a multiple of 16.
 // GCC's and Clang's vector types stand for the registers, so one text serves AVX-512, AVX2 and NEON.
 // native.py builds this file at first use.
 #include <cmath>
@@ -19,7 +19,14 @@
 
 namespace {
 
-constexpr int LANES = 16;
+// Floats in a vector register, and how many registers may hold sums.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, SUMS = 27;
+#elif defined(__AVX__)
+constexpr int LANES = 8, SUMS = 11;
+#else
+constexpr int LANES = 4, SUMS = 11;
+#endif
 typedef float f32 __attribute__((vector_size(4 * LANES)));
 typedef uint32_t u32 __attribute__((vector_size(4 * LANES)));
 typedef uint16_t u16 __attribute__((vector_size(2 * LANES)));
@@ -49,14 +56,14 @@ inline f32 load(const bf16 *p) {
 inline void store(float *p, f32 v) { std::memcpy(p, &v, sizeof v); }
 
 inline void store(bf16 *p, f32 v) {  // rounds to nearest even; a NaN stays one
+#ifdef __AVX512BF16__
+    const auto half = _mm512_cvtneps_pbh((__m512)v);
+#else
     u32 bits = (u32)v;
     bits = v == v ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : u32{} + 0x7fc0;
-#ifdef __AVX512F__
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)bits));
-#else
-    u16 half = __builtin_convertvector(bits, u16);
-    std::memcpy(p, &half, sizeof half);
+    const auto half = __builtin_convertvector(bits, u16);
 #endif
+    std::memcpy(p, &half, sizeof half);
 }
 
 // ---- depthwise weight gradient ----
@@ -82,24 +89,24 @@ void taps(const float *x, const float *g, int64_t H, int64_t W, int64_t x_width,
         for (int k = 0; k < K; k++) store(sums + (r * row + k) * LANES, a[r][k]);
 }
 
-template <int K, int R>
+template <int K>
 void all_taps(const float *x, const float *g, int64_t H, int64_t W, int64_t x_width, float *sums) {
-    int r = 0;
-    for (; r + R <= K; r += R) taps<R, K>(x + r * x_width * LANES, g, H, W, x_width, sums + r * K * LANES, K);
-    for (; r < K; r++) taps<1, K>(x + r * x_width * LANES, g, H, W, x_width, sums + r * K * LANES, K);
+    constexpr int R = K * K <= SUMS ? K : 2 * K > SUMS ? 1 : SUMS / K, whole = K - K % R;
+    for (int r = 0; r < whole; r += R) taps<R, K>(x + r * x_width * LANES, g, H, W, x_width, sums + r * K * LANES, K);
+    for (int r = whole; r < K; r++) taps<1, K>(x + r * x_width * LANES, g, H, W, x_width, sums + r * K * LANES, K);
 }
 
 void all_taps(int64_t K, const float *x, const float *g, int64_t H, int64_t W, int64_t x_width, float *sums) {
     switch (K) {
-        case 1: return all_taps<1, 1>(x, g, H, W, x_width, sums);
-        case 2: return all_taps<2, 2>(x, g, H, W, x_width, sums);
-        case 3: return all_taps<3, 3>(x, g, H, W, x_width, sums);
-        case 4: return all_taps<4, 4>(x, g, H, W, x_width, sums);
-        case 5: return all_taps<5, 5>(x, g, H, W, x_width, sums);
-        case 6: return all_taps<6, 3>(x, g, H, W, x_width, sums);
-        case 7: return all_taps<7, 3>(x, g, H, W, x_width, sums);
-        case 8: return all_taps<8, 3>(x, g, H, W, x_width, sums);
-        case 9: return all_taps<9, 3>(x, g, H, W, x_width, sums);
+        case 1: return all_taps<1>(x, g, H, W, x_width, sums);
+        case 2: return all_taps<2>(x, g, H, W, x_width, sums);
+        case 3: return all_taps<3>(x, g, H, W, x_width, sums);
+        case 4: return all_taps<4>(x, g, H, W, x_width, sums);
+        case 5: return all_taps<5>(x, g, H, W, x_width, sums);
+        case 6: return all_taps<6>(x, g, H, W, x_width, sums);
+        case 7: return all_taps<7>(x, g, H, W, x_width, sums);
+        case 8: return all_taps<8>(x, g, H, W, x_width, sums);
+        case 9: return all_taps<9>(x, g, H, W, x_width, sums);
     }
     for (int64_t r = 0; r < K; r++) {
         const float *xr = x + r * x_width * LANES;

@@ -1,0 +1,38 @@
+"""Packs a finished training run as a bundled checkpoint and records it in the manifest.
+
+    python benchmarks/pack.py output/train/cifar10_e25 convmixer_256_8.e25_cifar10 --results test.csv \\
+        --train-data "CIFAR-10's training images" --test-data "CIFAR-10's test images" --machine "one GPU" --hours 0.5
+
+RESULTS is what ``validate.py --results-file`` wrote for the run's last checkpoint on the test images.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+from convmixer_timm.convmixer import WEIGHTS_DIR
+from convmixer_timm.verify import record
+from convmixer_timm.weights import Evaluation, pack_run
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("name", help="architecture.tag")
+    parser.add_argument("--results", type=Path, required=True, help="of validate.py, CSV")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
+    for option in ("--train-data", "--test-data", "--machine"):
+        parser.add_argument(option, required=True)
+    parser.add_argument("--hours", type=float, required=True)
+    args = parser.parse_args()
+    with args.results.open() as file:
+        (result,) = csv.DictReader(file)
+    evaluation = Evaluation(
+        top1=float(result["top1"]),
+        top5=float(result["top5"]),
+        train_data=args.train_data,
+        test_data=args.test_data,
+        machine=args.machine,
+        hours=args.hours,
+    )
+    pack_run(args.run, WEIGHTS_DIR / args.name, evaluation, ema=args.ema)
+    record([args.name])

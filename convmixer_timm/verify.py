@@ -1,0 +1,99 @@
+"""Checks checkpoint files against what was recorded of them: their hash, their parameters, their logits."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
+from PIL import Image
+
+from .checkpoints import checkpoint_filter_fn, read_checkpoint
+from .convmixer import WEIGHTS_DIR
+
+__all__ = ["checkpoint_file", "record", "verifiable", "verify"]
+
+MANIFEST = WEIGHTS_DIR / "manifest.json"
+IMAGES = WEIGHTS_DIR / "images"
+TOLERANCE = 1e-3  # of logits, between machines; another checkpoint's differ by whole units
+
+
+def checkpoint_file(name: str) -> Path | None:
+    """The local file of a registered checkpoint: bundled, or in the Hub's cache; None where there is none."""
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    assert cfg is not None
+    if cfg.file:
+        return Path(cfg.file)
+    cached = try_to_load_from_cache(str(cfg.hf_hub_id), "model.safetensors")
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def verifiable() -> list[str]:
+    """All checkpoints of registered ConvMixers that are on this machine."""
+    return [name for name in timm.list_pretrained("convmixer*") if checkpoint_file(name)]
+
+
+def _expected_hash(name: str, file: Path) -> str | None:
+    manifest = json.loads(MANIFEST.read_text())
+    if name in manifest:
+        return manifest[name]["sha256"]
+    blob = file.resolve().name  # the Hub's cache names a large file by its hash
+    return blob if re.fullmatch("[0-9a-f]{64}", blob) else None
+
+
+def _logits(model) -> list[list[float]]:
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config, is_training=False)
+    batch = torch.stack([transform(Image.open(path).convert("RGB")) for path in sorted(IMAGES.glob("*.png"))])
+    with torch.inference_mode():
+        return model.eval()(batch).tolist()
+
+
+def verify(name: str) -> None:
+    """Checks one checkpoint that is on this machine.
+
+    Args:
+        name: A name from `verifiable`.
+
+    Raises:
+        ValueError: If there is no such checkpoint here, or it is not what was recorded; the message tells what differs.
+    """
+    if name not in verifiable():
+        raise ValueError(f"no such checkpoint on this machine; there are: {', '.join(verifiable())}")
+    file = checkpoint_file(name)
+    assert file is not None
+    if not file.is_file():
+        raise ValueError(f"{file} is missing")
+    expected = _expected_hash(name, file)
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != expected:
+        raise ValueError(f"{file} has SHA-256 {found}, not {expected}: it is damaged or another file")
+    model = timm.create_model(name)
+    state_dict = checkpoint_filter_fn(read_checkpoint(file), model)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(f"{file} doesn't fit {name}: {error}") from error
+    infinite = [key for key, value in state_dict.items() if not value.isfinite().all()]
+    if infinite:
+        raise ValueError(f"{file} has values that are not finite in {', '.join(infinite)}")
+    recorded = json.loads(MANIFEST.read_text()).get(name, {}).get("logits")
+    if recorded:
+        difference = (torch.tensor(_logits(model)) - torch.tensor(recorded)).abs().max().item()
+        if not difference < TOLERANCE:
+            raise ValueError(f"{name}'s logits differ from the recorded ones by {difference:.2g}")
+
+
+def record(names: Iterable[str]) -> None:
+    """Writes hash and logits of bundled checkpoints to the manifest, for `verify` to compare with from now on."""
+    manifest = json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
+    for name in names:
+        file = WEIGHTS_DIR / name / "model.safetensors"
+        model = timm.create_model(name.split(".")[0])
+        model.load_state_dict(checkpoint_filter_fn(read_checkpoint(file), model))
+        logits = [[round(v, 4) for v in row] for row in _logits(model)]
+        manifest[name] = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "logits": logits}
+    MANIFEST.write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")
