@@ -100,6 +100,7 @@ def can_fuse(x: torch.Tensor, act: nn.Module, norm: nn.Module) -> bool:
         and x.numel() > x.shape[1]  # BatchNorm refuses a single value a channel, in its own words
         and not has_hooks(act)
         and not has_hooks(norm)
+        and not native.transformed()
         and native.library() is not None
     )
 

@@ -133,6 +133,7 @@ def _fast(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and weight.requires_grad
         and not torch.jit.is_tracing()
         and not torch.compiler.is_exporting()
+        and not native.transformed()
     )
 
 

@@ -15,9 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from .files import atomic_path, cache_dir
 
-__all__ = ["enabled", "library", "set_fast_training"]
+__all__ = ["enabled", "library", "set_fast_training", "transformed"]
 
 _logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("native.cpp")
@@ -34,6 +36,12 @@ def set_fast_training(enable: bool = True) -> None:
 def enabled() -> bool:
     """Whether the fast CPU training kernels may be used."""
     return _enabled
+
+
+def transformed() -> bool:
+    """Whether torch.func (vmap, jvp, …) transforms what runs: it can't look into these kernels."""
+    # torch has no public way to ask; torch.autograd.Function itself asks so.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _machine() -> str:

@@ -304,3 +304,20 @@ def test_hooks_see_what_they_see_in_timms_model(where, autocast):
         theirs(x), ours(x)
     assert len(seen) == 2
     torch.testing.assert_close(seen[0], seen[1], atol=0.05 if autocast else 1e-6, rtol=0.02 if autocast else 0)
+
+
+def test_torch_func_transforms():
+    model = ConvMixer(**SMALL).eval()
+    parameters = {k: v.detach() for k, v in model.named_parameters()}
+    x = images(3, 3, 8, 8)
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    one = torch.func.grad(loss)(parameters, x[1])
+    for name in parameters:
+        torch.testing.assert_close(each[name][1], one[name], atol=1e-4, rtol=1e-4)
+    output, tangent = torch.func.jvp(model, (x,), (x,))
+    torch.testing.assert_close(output, model(x))
+    assert tangent.isfinite().all()
