@@ -136,7 +136,7 @@ def measure(args, batch_size: int) -> list[dict]:
         worker.stdin.close()
         worker.wait()
     floor = float(start("floor", allocator=True).communicate()[0])
-    best = min(statistics.median(seconds[n]) for n in workers if n.startswith("timm"))
+    best = min((statistics.median(seconds[n]) for n in workers if n.startswith("timm")), default=float("nan"))
     rows = []
     for name, values in seconds.items():
         median = statistics.median(values)

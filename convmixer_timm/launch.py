@@ -9,8 +9,8 @@ __all__ = ["allocator_settings", "recipes", "restart_with_allocator_settings", "
 
 RECIPES = Path(__file__).with_name("recipes")
 
-# glibc gives every large tensor back to the system and pays for its page faults again at the next step. Kept instead,
-# a step of batch 512 took half the time (benchmarks/README.md; jemalloc and tcmalloc did no better than this).
+# glibc gives every large tensor back to the system and pays for its page faults again at the next step. Kept instead, a
+# step of batch 512 takes half the time; tcmalloc is as good, and jemalloc as it comes is not (benchmarks/README.md).
 _GLIBC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),
