@@ -14,9 +14,8 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SelectAdaptivePool2d, drop_path, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from torch.utils.checkpoint import checkpoint
 
 from .act_norm import conv_act_norm, has_hooks
 from .checkpoints import checkpoint_filter_fn
@@ -247,7 +246,7 @@ class ConvMixer(nn.Module):
         blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
         for i, block in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x)
             else:
                 x = block(x)
             if i in take_indices:

@@ -63,7 +63,7 @@ def load_image(path: Path, channels: int = 3) -> Image.Image:
         raise OSError(f"damaged image ({error})") from error
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float32)
-        top = 65535 if values.max() > 255 else 255
+        top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
         image = Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")

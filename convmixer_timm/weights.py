@@ -24,8 +24,8 @@ _PATHS = ("data", "data_dir", "output", "resume", "config", "initial_checkpoint"
 _CARD = """
 # {name}
 
-ConvMixer of dim {dim}, depth {depth}, kernel {kernel_size}, patch {patch_size}: {params:.2f} M parameters, trained for
-{epochs} epochs on {train_data}.
+ConvMixer of dim {dim}, depth {depth}, kernel {kernel_size}, patch {patch_size}: {params:.2f} M parameters.
+Trained for {epochs} epochs on {train_data}.
 
 | top-1 | top-5 | measured on |
 |---|---|---|
@@ -45,8 +45,9 @@ or `convmixer-timm predict IMAGE --model {name}`.
 
 ## Training
 
-One run with seed {seed}, {hours:.1f} hours on {machine}. The weights are those of the last epoch{ema}; the test images
-were looked at once, after it. `args.yaml` has every setting, `summary.csv` the history{history}. To train it again:
+One run with seed {seed}, {hours:.1f} hours on {machine}.
+The weights are those of the last epoch{ema}; the test images were looked at once, after it.
+`args.yaml` has every setting, `summary.csv` the history{history}. To train it again:
 
 ```
 convmixer-timm run train --config args.yaml --data-dir DATA
