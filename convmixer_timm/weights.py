@@ -119,7 +119,8 @@ def pack_run(run: Path, target: Path, evaluation: Evaluation, ema: bool = False)
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary:
         folder = Path(temporary) / target.name
-        timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+        model_args = args["model_kwargs"] or None  # newer timm remembers them by itself
+        timm.models.save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
         (folder / "args.yaml").write_text(yaml.safe_dump(args))
         shutil.copy(run / "summary.csv", folder)
         (folder / "README.md").write_text(_card(model, target.name, args, run / "summary.csv", evaluation, ema))
