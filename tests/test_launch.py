@@ -15,7 +15,7 @@ from convmixer_timm.launch import RECIPES, allocator_settings, recipes, train_ar
 
 from .test_scripts import data, run, summary  # noqa: F401  `data` is a fixture
 
-SMALL = "--model convmixer_128_4 -b 10 --val-split validation --device cpu -j 1".split()
+SMALL = "--model convmixer_128_4.e10_cifar10 -b 10 --val-split validation --device cpu -j 1".split()
 
 
 def train(*args):
@@ -27,6 +27,14 @@ def test_every_option_of_a_recipe_is_one_of_train_py(name, timm_scripts):
     options = (timm_scripts / "train.py").read_text()
     for key in yaml.safe_load((RECIPES / f"{name}.yaml").read_text()):
         assert f"'--{key.replace('_', '-')}'" in options, key
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_trains(name, timm_scripts, data, tmp_path):  # noqa: F811
+    args = [name, "--data-dir", data, *SMALL, "--num-classes", "10", "--input-size", "3", "32", "32", "--epochs", "1"]
+    args += ["--amp-dtype", "bfloat16", "--output", tmp_path]  # in1k's float16 is for GPUs
+    run(train(*args), TIMM_SCRIPTS=str(timm_scripts))
+    assert [row["epoch"] for row in summary(tmp_path / name)] == ["0"]
 
 
 def test_an_interrupted_run_goes_on_by_the_same_command(timm_scripts, data, tmp_path):  # noqa: F811
