@@ -16,12 +16,6 @@ from . import native
 
 __all__ = ["act_norm", "can_fuse", "conv_act_norm", "has_hooks"]
 
-_LANES = 16  # channels that native.cpp handles at a time
-
-
-def _pointers(*tensors):
-    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-
 
 class _ActNorm(torch.autograd.Function):
     @staticmethod
@@ -32,7 +26,7 @@ class _ActNorm(torch.autograd.Function):
         native.library().act_norm_forward(
             int(gelu),
             torch.get_num_threads(),
-            *_pointers(x, shortcut, gamma, beta, y, mean, var),
+            *native.pointers(x, shortcut, gamma, beta, y, mean, var),
             ctypes.c_int64(x.numel() // channels),
             ctypes.c_int64(channels),
             ctypes.c_double(eps),
@@ -62,7 +56,7 @@ class _ActNorm(torch.autograd.Function):
         native.library().act_norm_backward(
             int(ctx.gelu),
             torch.get_num_threads(),
-            *_pointers(x, grad, gamma, mean, var, x_grad, gamma_grad, beta_grad),
+            *native.pointers(x, grad, gamma, mean, var, x_grad, gamma_grad, beta_grad),
             ctypes.c_int64(x.numel() // channels),
             ctypes.c_int64(channels),
             ctypes.c_double(ctx.eps),
@@ -88,7 +82,7 @@ def can_fuse(x: torch.Tensor, act: nn.Module, norm: nn.Module) -> bool:
         and not torch.jit.is_tracing()
         and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
-        and x.shape[1] % _LANES == 0
+        and x.shape[1] % native.CHANNELS == 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and torch.is_grad_enabled()
         and type(norm) is nn.BatchNorm2d

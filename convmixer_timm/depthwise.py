@@ -16,7 +16,6 @@ from . import native
 
 __all__ = ["DepthwiseConv2d", "depthwise_conv2d", "depthwise_weight_grad"]
 
-_LANES = 16  # channels that native.cpp handles at a time
 _FOLD = 8  # images folded into channels at a time; measured best of 1 to 32
 
 
@@ -38,7 +37,7 @@ def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor, kernel_size: int)
         The weight's gradient [C, 1, k, k] and the bias's [C], in the dtype of `x`.
     """
     n, c, h, w = x.shape
-    lib = native.library() if x.dtype in (torch.float32, torch.bfloat16) and c % _LANES == 0 else None
+    lib = native.library() if x.dtype in (torch.float32, torch.bfloat16) and c % native.CHANNELS == 0 else None
     if lib is None:
         return _folded_weight_grad(x, grad, kernel_size)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -48,7 +47,7 @@ def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor, kernel_size: int)
     lib.depthwise_weight_grad(
         int(x.dtype == torch.bfloat16),
         torch.get_num_threads(),
-        *(ctypes.c_void_p(t.data_ptr()) for t in (x, grad, weight_grad, bias_grad)),
+        *native.pointers(x, grad, weight_grad, bias_grad),
         *map(ctypes.c_int64, (n, c, h, w, kernel_size)),
     )
     return weight_grad.to(x.dtype), bias_grad.to(x.dtype)

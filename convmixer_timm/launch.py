@@ -30,12 +30,20 @@ def allocator_settings(environment: dict[str, str]) -> dict[str, str]:
     return dict(_GLIBC)
 
 
-def _on_cpu(args: list[str]) -> bool:
+def _given(args: list[str], name: str) -> str | None:
+    """The value of option `name` among a script's arguments."""
     for i, arg in enumerate(args):
-        if arg.startswith("--device="):
-            return arg.partition("=")[2] == "cpu"
-        if arg == "--device" and i + 1 < len(args):
-            return args[i + 1] == "cpu"
+        if arg == name and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(f"{name}="):
+            return arg.partition("=")[2]
+    return None
+
+
+def _on_cpu(args: list[str]) -> bool:
+    device = _given(args, "--device")
+    if device:
+        return device == "cpu"
     import torch
 
     return not torch.cuda.is_available()
@@ -74,23 +82,15 @@ def train_arguments(recipe: str, args: list[str]) -> list[str]:
             raise ValueError(f"No recipe {recipe!r}; there are {', '.join(recipes())}, or give a YAML file.")
     out = ["--config", str(path), *args]
 
-    def given(name: str) -> str | None:
-        for i, arg in enumerate(args):
-            if arg == name and i + 1 < len(args):
-                return args[i + 1]
-            if arg.startswith(f"{name}="):
-                return arg.partition("=")[2]
-        return None
-
-    if given("--device") is None and _on_cpu(args):
+    if _given(args, "--device") is None and _on_cpu(args):
         out += ["--device", "cpu"]
-    output, experiment = given("--output") or "output/train", given("--experiment")
+    output, experiment = _given(args, "--output") or "output/train", _given(args, "--experiment")
     if experiment is None:
-        seed = given("--seed")
+        seed = _given(args, "--seed")
         experiment = path.stem + (f"-seed{seed}" if seed else "")
         out += ["--output", output, "--experiment", experiment]
     last = Path(output) / experiment / "last.pth.tar"
-    if given("--resume") is None and last.exists():
+    if _given(args, "--resume") is None and last.exists():
         print(f"Resuming from {last}", file=sys.stderr)
         out += ["--resume", str(last)]
     return out

@@ -19,7 +19,9 @@ import torch
 
 from .files import atomic_path, cache_dir
 
-__all__ = ["enabled", "library", "set_fast_training", "transformed"]
+__all__ = ["CHANNELS", "enabled", "library", "pointers", "set_fast_training", "transformed"]
+
+CHANNELS = 16  # the kernels take multiples of so many channels
 
 _logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("native.cpp")
@@ -42,6 +44,11 @@ def transformed() -> bool:
     """Whether torch.func (vmap, jvp, …) transforms what runs: it can't look into these kernels."""
     # torch has no public way to ask; torch.autograd.Function itself asks so.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
+    """The tensors' data as arguments of a kernel."""
+    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
 
 
 def _machine() -> str:
