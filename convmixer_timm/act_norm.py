@@ -1,6 +1,6 @@
 """Activation and batch-norm as one operation, for bf16 training on CPUs.
 
-ConvMixer normalises after every activation, so a training step spends a third of its time in GELU and BatchNorm: in
+ConvMixer normalises after every activation, so a training step spends much of its time in GELU and BatchNorm: in
 PyTorch five passes over memory forwards and as many backwards, each rounding to bf16 and each keeping a tensor for
 the gradient. ``native.cpp`` does it in two passes each way, in fp32 between load and store, and keeps the convolution's
 output only.

@@ -1,9 +1,9 @@
 """A depthwise convolution whose weight gradient is fast on CPUs.
 
 oneDNN has a depthwise kernel for the forward pass, but in channels-last layout it computes the weight gradient with a
-dense kernel, 40 % of a ConvMixer's training step. Here that gradient comes from ``native.cpp`` or, without a compiler,
-from a grouped convolution with the images folded into the channels, and the input gradient from the forward kernel.
-Every other device runs PyTorch's own.
+dense kernel, the largest part of a ConvMixer's training step. Here that gradient comes from ``native.cpp`` or, without
+a compiler, from a grouped convolution with the images folded into the channels, and the input gradient from the
+forward kernel. Every other device runs PyTorch's own.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from . import native
 
 __all__ = ["DepthwiseConv2d", "depthwise_conv2d", "depthwise_weight_grad"]
 
-_FOLD = 8  # images folded into channels at a time; measured best of 1 to 32
+_FOLD = 8  # images folded into channels at a time, which bounds the fp32 copies
 
 
 def _padding(kernel_size: int) -> tuple[int, int]:

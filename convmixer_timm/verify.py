@@ -36,10 +36,13 @@ def verifiable() -> list[str]:
     return [name for name in timm.list_pretrained("convmixer*") if checkpoint_file(name)]
 
 
-def _expected_hash(name: str, file: Path) -> str | None:
-    manifest = json.loads(MANIFEST.read_text())
-    if name in manifest:
-        return manifest[name]["sha256"]
+def _manifest() -> dict[str, dict]:
+    return json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
+
+
+def _expected_hash(recorded: dict, file: Path) -> str | None:
+    if recorded:
+        return recorded["sha256"]
     blob = file.resolve().name  # the Hub's cache names a large file by its hash
     return blob if re.fullmatch("[0-9a-f]{64}", blob) else None
 
@@ -67,7 +70,8 @@ def verify(name: str) -> None:
     assert file is not None
     if not file.is_file():
         raise ValueError(f"{file} is missing")
-    expected = _expected_hash(name, file)
+    recorded = _manifest().get(name, {})
+    expected = _expected_hash(recorded, file)
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != expected:
         raise ValueError(f"{file} has SHA-256 {found}, not {expected}: it is damaged or another file")
@@ -80,16 +84,15 @@ def verify(name: str) -> None:
     infinite = [key for key, value in state_dict.items() if not value.isfinite().all()]
     if infinite:
         raise ValueError(f"{file} has values that are not finite in {', '.join(infinite)}")
-    recorded = json.loads(MANIFEST.read_text()).get(name, {}).get("logits")
     if recorded:
-        difference = (torch.tensor(_logits(model)) - torch.tensor(recorded)).abs().max().item()
+        difference = (torch.tensor(_logits(model)) - torch.tensor(recorded["logits"])).abs().max().item()
         if not difference < TOLERANCE:
             raise ValueError(f"{name}'s logits differ from the recorded ones by {difference:.2g}")
 
 
 def record(names: Iterable[str]) -> None:
     """Writes hash and logits of bundled checkpoints to the manifest, for `verify` to compare with from now on."""
-    manifest = json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
+    manifest = _manifest()
     for name in names:
         file = WEIGHTS_DIR / name / "model.safetensors"
         model = timm.create_model(name.split(".")[0])

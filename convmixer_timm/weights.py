@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 __all__ = ["Evaluation", "pack_run"]
 
-_PATHS = ("data", "data_dir", "output", "resume", "config", "initial_checkpoint", "pretrained_path", "class_map")
+_PATHS = ("data", "data_dir", "output", "config", "initial_checkpoint", "pretrained_path", "class_map")
 
 _CARD = """
 # {name}
@@ -80,8 +80,8 @@ class Evaluation:
 
 
 def _portable_args(path: Path) -> dict:
-    """The run's arguments without the folders of the machine that it ran on."""
-    args = yaml.safe_load(path.read_text())
+    """The run's arguments without the folders of the machine that it ran on, and as for a run from the start."""
+    args = {**yaml.safe_load(path.read_text()), "resume": ""}
     return {k: Path(v).name if k in _PATHS and v else v for k, v in args.items()}
 
 

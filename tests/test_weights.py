@@ -43,6 +43,7 @@ def test_packed_run_loads_and_has_its_card(run, tmp_path):
     weights = torch.load(run / "last.pth.tar", weights_only=False)["state_dict"]
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert not [p.name for p in target.iterdir() if str(tmp_path).encode() in p.read_bytes()]
+    assert yaml.safe_load((target / "args.yaml").read_text())["resume"] == ""  # else the card's command would fail
     card = ModelCard.load(target / "README.md")
     assert card.data.license == "mit"
     assert card.data.library_name == "timm"
