@@ -3,16 +3,18 @@
     python benchmarks/pack.py output/train/cifar10_e25 convmixer_256_8.e25_cifar10 --results test.csv \\
         --train-data "CIFAR-10's training images" --test-data "CIFAR-10's test images" --machine "one GPU" --hours 0.5
 
-RESULTS is what ``validate.py --results-file`` wrote for the run's last checkpoint on the test images.
+RESULTS is what ``validate.py --results-file`` wrote for the run's last checkpoint on the test images, at which one
+looks once, when the training is over.
 """
 
 import argparse
 import csv
 from pathlib import Path
 
-from convmixer_timm.convmixer import WEIGHTS_DIR
+from convmixer_timm.cards import Evaluation
+from convmixer_timm.convmixer import CIFAR10_LABELS, WEIGHTS_DIR
 from convmixer_timm.verify import record
-from convmixer_timm.weights import Evaluation, pack_run
+from convmixer_timm.weights import pack_run
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -26,13 +28,18 @@ if __name__ == "__main__":
     args = parser.parse_args()
     with args.results.open() as file:
         (result,) = csv.DictReader(file)
-    evaluation = Evaluation(
-        top1=float(result["top1"]),
-        top5=float(result["top5"]),
+    pack_run(
+        args.run,
+        WEIGHTS_DIR / args.name,
+        labels=list(CIFAR10_LABELS),
+        checkpoint="last.pth.tar",
+        ema=args.ema,
+        evaluation=Evaluation(
+            top1=float(result["top1"]),
+            top5=float(result["top5"]),
+            data=f"{args.test_data}, looked at once, after the training",
+        ),
         train_data=args.train_data,
-        test_data=args.test_data,
-        machine=args.machine,
-        hours=args.hours,
+        cost=f", {args.hours:.1f} hours on {args.machine}",
     )
-    pack_run(args.run, WEIGHTS_DIR / args.name, evaluation, ema=args.ema)
     record([args.name])

@@ -106,6 +106,38 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _publish(args: argparse.Namespace) -> int:
+    from .hub import publish
+
+    publication = publish(
+        args.source,
+        args.repo_id,
+        architecture=args.model,
+        labels=_lines(args.labels) if args.labels else None,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        tag=args.tag,
+        dry_run=args.dry_run,
+        timeout=args.timeout,
+    )
+    for name, size in publication.files.items():
+        print(f"{size:>12,}  {name}")
+    if args.dry_run:
+        print(f"\n{publication.card}\nNothing was sent. This is the card of a new repository: one that is there keeps")
+        print("what people wrote into its own.")
+    elif publication.changed:
+        print(f"Published: {publication.url}")
+    else:
+        print(f"Nothing to publish: {args.repo_id} has all of it already.")
+    return 0
+
+
+def _lines(path: str) -> list[str]:
+    with open(path) as file:
+        return [line.strip() for line in file if line.strip()]
+
+
 def _run(args: argparse.Namespace) -> int:
     from .launch import restart_with_allocator_settings
     from .scripts import find_script, run_script
@@ -164,6 +196,18 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("verify", _verify, "Check the files of bundled and downloaded checkpoints.")
     p.add_argument("names", nargs="*", metavar="NAME", help="checkpoints (all that are here)")
+
+    p = command("publish", _publish, "Publish a trained model on the Hugging Face Hub, in one commit.")
+    p.add_argument("source", help="folder under weights/, output folder of a training, or checkpoint file")
+    p.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="made if it isn't there")
+    p.add_argument("--model", metavar="VARIANT", help="the architecture, for a checkpoint file")
+    p.add_argument("--labels", metavar="FILE", help="class names, one a line (those of the training's data folder)")
+    p.add_argument("--private", action="store_true", help="make a new repository private")
+    p.add_argument("--revision", metavar="BRANCH", help="made if it isn't there (main)")
+    p.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    p.add_argument("--tag", help="name for the commit")
+    p.add_argument("--dry-run", action="store_true", help="show files and card, and send nothing")
+    p.add_argument("--timeout", type=_positive, default=60, metavar="S", help="seconds for each answer (%(default)s)")
 
     def runner(name, run, what, help, rest):
         p = command(name, run, help)

@@ -1,12 +1,13 @@
 """Where this package keeps files, and how it writes them: whole or not at all."""
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_path", "cache_dir"]
+__all__ = ["atomic_path", "cache_dir", "sha256"]
 
 
 def cache_dir() -> Path:
@@ -25,3 +26,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = Path(folder) / path.name
         yield temporary
         os.replace(temporary, path)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

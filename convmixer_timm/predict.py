@@ -13,6 +13,8 @@ import torch.nn as nn
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 
+from .hub import download
+
 __all__ = ["class_names", "find_images", "load_image", "load_model", "predict"]
 
 
@@ -78,14 +80,24 @@ def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
         device: Where to run it.
 
     Raises:
-        ValueError: If the name is unknown or has no weights.
+        ValueError: If the name is unknown or has no weights, or its weights don't fit its description.
+        OSError: If the weights can't be downloaded.
     """
-    if ":" not in name and name not in timm.list_models(pretrained=True) and not timm.models.is_model_pretrained(name):
+    scheme, _, location = name.rpartition(":")
+    if not scheme and name not in timm.list_models(pretrained=True) and not timm.models.is_model_pretrained(name):
         arch = name.split(".")[0]
         known = timm.list_pretrained(f"{arch}*" if timm.is_model(arch) else "convmixer*")
         problem = "has no weights" if timm.is_model(arch) and "." not in name else "is not a known model"
         raise ValueError(f"{name!r} {problem}. With weights there are: {', '.join(known) or 'none'}.")
-    return timm.create_model(name, pretrained=True).eval().to(device)
+    cfg = None if scheme else timm.get_pretrained_cfg(name)
+    if scheme in ("hf-hub", "hf_hub"):
+        download(location)
+    elif cfg and cfg.hf_hub_id and not cfg.file:
+        download(str(cfg.hf_hub_id), config=False)
+    try:
+        return timm.create_model(name, pretrained=True).eval().to(device)
+    except RuntimeError as error:  # PyTorch's, for tensors of other names or sizes
+        raise ValueError(f"{name}: its weights don't fit its description: {error}") from error
 
 
 def class_names(model: Any) -> list[str]:

@@ -1,6 +1,5 @@
 """Checks checkpoint files against what was recorded of them: their hash, their parameters, their logits."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -8,11 +7,12 @@ from pathlib import Path
 
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import CacheNotFound, scan_cache_dir, try_to_load_from_cache
 from PIL import Image
 
 from .checkpoints import checkpoint_filter_fn, read_checkpoint
 from .convmixer import WEIGHTS_DIR
+from .files import sha256
 
 __all__ = ["checkpoint_file", "record", "verifiable", "verify"]
 
@@ -31,9 +31,37 @@ def checkpoint_file(name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def verifiable() -> list[str]:
-    """All checkpoints of registered ConvMixers that are on this machine."""
-    return [name for name in timm.list_pretrained("convmixer*") if checkpoint_file(name)]
+def _cached_from_hub() -> dict[str, Path]:
+    """Everybody's ConvMixers in the Hub's cache, by ``hf-hub:OWNER/NAME[@REVISION]``."""
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return {}
+    found = {}
+    for repo in sorted(repos, key=lambda repo: repo.repo_id):
+        for revision in repo.revisions:
+            files = {file.file_name: Path(file.file_path) for file in revision.files}
+            if "config.json" not in files or "model.safetensors" not in files:
+                continue
+            if not str(_read_json(files["config.json"]).get("architecture")).startswith("convmixer"):
+                continue
+            ref = "main" if "main" in revision.refs else next(iter(sorted(revision.refs)), revision.commit_hash)
+            found[f"hf-hub:{repo.repo_id}" + (f"@{ref}" if ref != "main" else "")] = files["model.safetensors"]
+    return found
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def verifiable() -> dict[str, Path]:
+    """ConvMixer checkpoints on this machine, with their files: of registered names, and others in the Hub's cache."""
+    registered = {name: checkpoint_file(name) for name in timm.list_pretrained("convmixer*")}
+    return {name: file for name, file in registered.items() if file} | _cached_from_hub()
 
 
 def _manifest() -> dict[str, dict]:
@@ -64,18 +92,18 @@ def verify(name: str) -> None:
     Raises:
         ValueError: If there is no such checkpoint here, or it is not what was recorded; the message tells what differs.
     """
-    if name not in verifiable():
-        raise ValueError(f"no such checkpoint on this machine; there are: {', '.join(verifiable())}")
-    file = checkpoint_file(name)
-    assert file is not None
+    files = verifiable()
+    if name not in files:
+        raise ValueError(f"no such checkpoint on this machine; there are: {', '.join(files)}")
+    file = files[name]
     if not file.is_file():
         raise ValueError(f"{file} is missing")
     recorded = _manifest().get(name, {})
     expected = _expected_hash(recorded, file)
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    found = sha256(file)
     if found != expected:
         raise ValueError(f"{file} has SHA-256 {found}, not {expected}: it is damaged or another file")
-    model = timm.create_model(name)
+    model = timm.create_model(f"local-dir:{file.parent}" if name.startswith("hf-hub:") else name)
     state_dict = checkpoint_filter_fn(read_checkpoint(file), model)
     try:
         model.load_state_dict(state_dict)
@@ -98,5 +126,5 @@ def record(names: Iterable[str]) -> None:
         model = timm.create_model(name.split(".")[0])
         model.load_state_dict(checkpoint_filter_fn(read_checkpoint(file), model))
         logits = [[round(v, 4) for v in row] for row in _logits(model)]
-        manifest[name] = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "logits": logits}
+        manifest[name] = {"sha256": sha256(file), "logits": logits}
     MANIFEST.write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")

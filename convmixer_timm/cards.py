@@ -1,0 +1,187 @@
+"""Model cards: what a checkpoint's README.md says, and how it keeps what people wrote into it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+__all__ = ["Evaluation", "Training", "adopt_card", "make_card", "merge_cards", "rename_in_card"]
+
+BEGIN = "<!-- Written by convmixer-timm, and anew by each publish, up to the closing mark. Text outside stays. -->"
+END = "<!-- convmixer-timm: closing mark -->"
+
+_CITATION = """```bibtex
+@article{trockman2023patches,
+  title   = {Patches Are All You Need?},
+  author  = {Asher Trockman and J. Zico Kolter},
+  journal = {Transactions on Machine Learning Research},
+  year    = {2023},
+  url     = {https://arxiv.org/abs/2201.09792}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies in percent, and on what they were measured."""
+
+    top1: float
+    top5: float | None
+    data: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a card says of a run.
+
+    Attributes:
+        args: The arguments of ``train.py``.
+        epochs: Epochs in ``summary.csv``.
+        weights: Which weights these are: 'those of the last epoch', …
+        data: What it was trained on, in words.
+        dataset: The same as the Hub names a dataset.
+        cost: Hours and machine, or nothing.
+        curve: Whether there is a ``curve.png``.
+    """
+
+    args: dict[str, Any]
+    epochs: int
+    weights: str
+    data: str
+    dataset: str
+    cost: str = ""
+    curve: bool = False
+
+
+def make_card(
+    model: Any, name: str, load_name: str, training: Training | None = None, evaluation: Evaluation | None = None
+) -> str:
+    """The card of a checkpoint.
+
+    Args:
+        model: The model, for its sizes and its licence.
+        name: Title of the card.
+        load_name: What `timm.create_model` loads it by.
+        training: Of a run by ``train.py``; without it the card says nothing of the training.
+        evaluation: Without it the card states no accuracy.
+    """
+    depthwise = model.blocks[0][0].fn[0]
+    size = " x ".join(map(str, model.pretrained_cfg["input_size"][1:]))
+    facts = (
+        f"ConvMixer of dim {model.num_features}, depth {len(model.blocks)}, kernel {depthwise.kernel_size[0]}, "
+        f"patch {model.stem[0].kernel_size[0]}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+        f"{model.num_classes} classes, images of {size}."
+    )
+    parts = [f"# {name}", facts]
+    if training:
+        parts.append(f"Trained for {training.epochs} epochs on {training.data}.")
+    if evaluation:
+        top5 = "" if evaluation.top5 is None else f"{evaluation.top5:.2f}"
+        parts.append(
+            f"| top-1 | top-5 | measured on |\n|---|---|---|\n| {evaluation.top1:.2f} | {top5} | {evaluation.data} |"
+        )
+    else:
+        parts.append("No accuracy was measured with these weights.")
+    parts.append(
+        f"""## Use
+
+```
+pip install convmixer-timm
+```
+
+```python
+import convmixer_timm  # registers the architecture
+import timm
+
+model = timm.create_model("{load_name}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+or `convmixer-timm predict IMAGE --model {load_name}`."""
+    )
+    if training:
+        parts.append(
+            f"""## Training
+
+One run with seed {training.args["seed"]}{training.cost}. The weights are {training.weights}.
+`args.yaml` has every setting, `summary.csv` the history. To train it again:
+
+```
+convmixer-timm run train --config args.yaml --data-dir DATA
+```"""
+        )
+        if training.curve:
+            parts.append("![Loss and accuracy by epoch](curve.png)")
+    parts.append(f"## Citation\n\n{_CITATION}")
+    data = ModelCardData(
+        license=model.pretrained_cfg.get("license") or "mit",
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "convmixer"],
+        datasets=[training.dataset] if training else None,
+        **_model_index(name, training, evaluation),
+    )
+    return _compose(data, "\n\n".join([BEGIN, *parts, END]))
+
+
+def _model_index(name: str, training: Training | None, evaluation: Evaluation | None) -> dict[str, Any]:
+    if not evaluation:
+        return {}
+    metrics = {"Top 1 Accuracy": evaluation.top1, "Top 5 Accuracy": evaluation.top5}
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=training.dataset if training else "images",
+            dataset_name=evaluation.data,
+            metric_type="accuracy",
+            metric_name=metric,
+            metric_value=value,
+        )
+        for metric, value in metrics.items()
+        if value is not None
+    ]
+    return {"model_name": name, "eval_results": results}
+
+
+def _compose(data: ModelCardData, text: str) -> str:
+    return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def merge_cards(new: str, old: str) -> str:
+    """A new card with what people wrote into the old one.
+
+    The text outside the marks stays where it is; an old card without marks stays whole, above the new one. Metadata
+    that only the old card has, or that people choose (the licence, say), stays; name and accuracies are the new ones,
+    as they belong to the weights.
+    """
+    mine, theirs = ModelCard(new), ModelCard(old)
+    generated = mine.text.strip()
+    before, begin, rest = theirs.text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        before, after = theirs.text, ""
+    text = "\n\n".join(part for part in (before.strip(), generated, after.strip()) if part)
+    ours, kept = mine.data.to_dict(), theirs.data.to_dict()
+    kept.pop("model-index", None)
+    merged = {**ours, **kept, "library_name": ours["library_name"]}
+    for key in ("tags", "datasets"):
+        both = dict.fromkeys([*ours.get(key, ()), *kept.get(key, ())])  # a set that keeps the order
+        if both:
+            merged[key] = list(both)
+    return _compose(ModelCardData(**merged), text)
+
+
+def adopt_card(own: str, generated: str) -> str:
+    """Somebody's own card, marked as what a publish may write anew, with the metadata that it lacks."""
+    card = ModelCard(own)
+    if BEGIN in card.text:
+        return own
+    metadata = {**ModelCard(generated).data.to_dict(), **card.data.to_dict()}
+    return _compose(ModelCardData(**metadata), f"{BEGIN}\n\n{card.text.strip()}\n\n{END}")
+
+
+def rename_in_card(card: str, name: str, load_name: str) -> str:
+    """A card of `make_card` for the same checkpoint, loaded from elsewhere."""
+    return card.replace(f'create_model("{name}"', f'create_model("{load_name}"').replace(
+        f"--model {name}`", f"--model {load_name}`"
+    )

@@ -1,0 +1,309 @@
+"""Checkpoints to and from the Hugging Face Hub: published in one commit, and checked when they arrive."""
+
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download, utils
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from . import __version__
+from .cards import merge_cards
+from .files import sha256
+from .weights import pack
+
+__all__ = ["HubError", "Publication", "download", "publish"]
+
+TIMEOUT = 60.0
+_WAITS = (1, 4)  # seconds before the second and the third attempt
+_TRANSIENT = {408, 429, 500, 502, 503, 504}
+# What huggingface_hub lets through: httpx's errors are no OSErrors, those of requests, which it used before 1.0, are.
+_NETWORK = (OSError, HTTPError)
+
+T = TypeVar("T")
+
+
+class HubError(OSError):
+    """What went wrong between here and the Hub, and what to do, in one line."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was sent, or would be.
+
+    Attributes:
+        files: Size in bytes by name.
+        card: The model card.
+        url: The commit's or the pull request's page; empty for a dry run.
+        changed: Whether there was anything new to send.
+    """
+
+    files: dict[str, int]
+    card: str
+    url: str = ""
+    changed: bool = True
+
+
+def publish(
+    source: str | Path,
+    repo_id: str,
+    *,
+    architecture: str | None = None,
+    labels: list[str] | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    dry_run: bool = False,
+    timeout: float = TIMEOUT,
+) -> Publication:
+    """Packs a trained model and sends it to a model repository on the Hub, everything in one commit.
+
+    Before it is sent, the packed folder is loaded back and its output compared with the source's. What people wrote
+    into the repository's card stays. What passes by itself (too many requests, a server's failure, a lost connection)
+    is tried three times.
+
+    Args:
+        source: What `weights.pack` packs: a packed folder, a ``train.py`` output folder, or a checkpoint file.
+        repo_id: OWNER/NAME; made where it isn't there.
+        architecture: Variant, for a checkpoint file.
+        labels: Names of the classes, where the source doesn't tell them.
+        private: Make a new repository private; one that exists stays as it is.
+        revision: Branch, made where it isn't there; main by default.
+        create_pr: Open a pull request instead of writing to the branch.
+        tag: Name for the commit.
+        dry_run: Only pack and compare; nothing is sent or asked.
+        timeout: Seconds to wait for each of the Hub's answers.
+
+    Raises:
+        FileNotFoundError: If there is no such source.
+        ValueError: If the source can't be packed, its copy computes something else, or the arguments don't go together.
+        HubError: If the Hub refuses or can't be reached. The repository is as it was before.
+    """
+    if not re.fullmatch(r"[^/]+/[^/]+", repo_id):
+        raise ValueError(f"--repo-id must be OWNER/NAME, got {repo_id!r}")
+    utils.validate_repo_id(repo_id)
+    if create_pr and (tag or revision):
+        raise ValueError("a pull request goes to the main branch and has no tag yet: leave out --revision and --tag")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / repo_id.split("/")[1]
+        load_name = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
+        model = pack(Path(source), folder, load_name, architecture, labels)
+        _compare(model, folder)
+        if dry_run:
+            return _publication(folder)
+        if get_token() is None:
+            raise HubError(
+                "no Hugging Face token: run `hf auth login` with a token that may write, or set HF_TOKEN. "
+                "Nothing was sent."
+            )
+        _limit_waiting(timeout)
+        api = HfApi(library_name="convmixer-timm", library_version=__version__)
+        return _send(api, folder, repo_id, private, revision, create_pr, tag)
+
+
+def _compare(model: Any, folder: Path) -> None:
+    """Loads the packed folder as its users will, and compares its output with the source's on the same input."""
+    copy = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    size = model.pretrained_cfg["input_size"]
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        if not torch.equal(model.eval()(images), copy(images)):
+            raise ValueError("the packed model doesn't compute what its source does; nothing was sent")
+
+
+def _publication(folder: Path, **kwargs) -> Publication:
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return Publication(files, (folder / "README.md").read_text(), **kwargs)
+
+
+def _limit_waiting(seconds: float) -> None:
+    """huggingface_hub waits for ever for most answers; its client is told for how long instead."""
+    if hasattr(utils, "configure_http_backend"):  # before 1.0, on requests
+        from functools import partial
+
+        import requests
+
+        def session():
+            session = requests.Session()
+            session.request = partial(session.request, timeout=seconds)  # type: ignore[method-assign]
+            return session
+
+        utils.configure_http_backend(session)
+    else:
+        utils.get_session().timeout = seconds  # type: ignore[attr-defined]
+
+
+def _send(
+    api: HfApi, folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, tag: str | None
+) -> Publication:
+    def attempt(step: Callable[[], T], waits: tuple[int | None, ...] = (*_WAITS, None)) -> T:
+        for wait in waits:
+            try:
+                return step()
+            except Exception as raised:
+                error = _cause(raised)
+                if error is None:
+                    raise
+                if wait is None or not _passes_by_itself(error):
+                    raise HubError(_advice(error, repo_id, f"{repo_id} is as it was before")) from raised
+                print(f"{_reason(error)}; trying again in {wait} s", file=sys.stderr)
+                time.sleep(wait)
+        raise AssertionError
+
+    attempt(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    if tag:
+        tags = {ref.name: ref.target_commit for ref in attempt(lambda: api.list_repo_refs(repo_id)).tags}
+    if revision:
+        attempt(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    head = attempt(lambda: api.repo_info(repo_id, revision=revision)).sha
+    card = folder / "README.md"
+    old = attempt(lambda: _old_card(repo_id, head))
+    if old is not None:
+        card.write_text(merge_cards(card.read_text(), old))
+    if tag and tag in tags and tags[tag] != head:
+        raise HubError(
+            f"{repo_id} has a tag {tag} on an older commit: choose another --tag. {repo_id} is as it was before."
+        )
+
+    def commit():
+        operations = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=f"Publish {folder.name} with convmixer-timm {__version__}",
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head,  # so that nobody's commit in between is overwritten
+        )
+
+    # A commit whose answer was lost is found on the branch by the next attempt; a pull request would be opened twice.
+    info = attempt(commit, (None,)) if create_pr else attempt(commit)
+    changed = info.oid != head
+    if tag and tag not in tags:
+        try:
+            api.create_tag(repo_id, tag=tag, revision=info.oid)
+        except _NETWORK as error:
+            raise HubError(_advice(error, repo_id, "The checkpoint is published; only its tag is missing")) from error
+    return _publication(folder, url=info.pr_url or info.commit_url, changed=changed)
+
+
+def _old_card(repo_id: str, commit: str | None) -> str | None:
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            return Path(hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache)).read_text()
+        except LocalEntryNotFoundError as error:  # the Hub didn't answer, and this cache is empty
+            raise ConnectionError(str(error).splitlines()[0]) from error
+        except EntryNotFoundError:
+            return None
+
+
+def _cause(error: Exception) -> Exception | None:
+    """The Hub's or the network's error in one of huggingface_hub's; None for an error of another kind."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # from an upload's thread
+    # JSON that can't be read is the page of a failing proxy.
+    return error if isinstance(error, (*_NETWORK, json.JSONDecodeError)) else None
+
+
+def _status(error: BaseException) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _passes_by_itself(error: Exception) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return _status(error) in _TRANSIENT
+    return not isinstance(error, OfflineModeIsEnabled | FileNotFoundError)
+
+
+def _reason(error: Exception) -> str:
+    """What happened, without addresses: those of uploads are signed."""
+    if isinstance(error, HfHubHTTPError):
+        said = f" ({' '.join(error.server_message.split())})" if error.server_message else ""
+        return f"the Hub answered {_status(error)}{said}"
+    return f"no answer from {constants.ENDPOINT} ({type(error).__name__})"
+
+
+def _advice(error: Exception, repo_id: str, state: str) -> str:
+    owner = repo_id.split("/")[0]
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE is set: unset it to reach the Hub. {state}."
+    what = {
+        401: "the token is wrong or expired: run `hf auth login`, or set HF_TOKEN",
+        402: f"the storage of {owner} is full: free some, or publish elsewhere",
+        403: f"the token may not do this: take one that may write to {owner}, or another --repo-id",
+        404: "no such repository for this token, or a private one of someone else: check --repo-id and the token",
+        409: "something is there already or happening at the same time: look at the repository and publish again",
+        412: "someone else changed the repository meanwhile: publish again",
+        413: f"too much for the storage of {owner}: free some, or publish elsewhere",
+        429: "too many requests: wait some minutes and publish again",
+    }.get(_status(error) or 0, "publish again later")
+    return f"{_reason(error)}: {what}. {state}."
+
+
+def download(model_id: str, config: bool = True) -> Path:
+    """Brings a checkpoint of the Hub into huggingface_hub's cache, if it isn't there, and checks it.
+
+    Args:
+        model_id: OWNER/NAME, or OWNER/NAME@REVISION.
+        config: Whether the repository describes its model to timm, in ``config.json``.
+
+    Returns:
+        The weights' file, with ``config.json`` beside it.
+
+    Raises:
+        HubError: If it can't be had; the message tells what to do.
+        ValueError: If timm has no such architecture, or the file isn't what the Hub says of it.
+    """
+    repo_id, _, revision = model_id.partition("@")
+
+    def get(name: str) -> Path:
+        try:
+            return Path(hf_hub_download(repo_id, name, revision=revision or None))
+        except LocalEntryNotFoundError as error:
+            raise HubError(
+                f"{model_id} is not in the cache, and {constants.ENDPOINT} can't be reached: connect, or copy the "
+                "repository and use local-dir:FOLDER"
+            ) from error
+        except EntryNotFoundError as error:
+            raise HubError(f"{model_id} has no {name}, so it is no checkpoint that can be loaded safely") from error
+        except RevisionNotFoundError as error:
+            raise HubError(f"{repo_id} has no revision {revision}") from error
+        except RepositoryNotFoundError as error:
+            raise HubError(
+                f"no repository {repo_id} on the Hub, or a private one: for those, log in by `hf auth login`"
+            ) from error
+        except _NETWORK as error:
+            raise HubError(f"{model_id}: {_reason(error)}: try again later") from error
+
+    if config:
+        file = get("config.json")
+        try:
+            architecture = json.loads(file.read_text())["architecture"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} doesn't describe a model to timm: it has no architecture") from error
+        if not timm.is_model(architecture):
+            raise ValueError(
+                f"{model_id} is a {architecture!r}, which is no architecture that timm or this package knows"
+            )
+    weights = get("model.safetensors")
+    expected = weights.resolve().name  # the cache calls a large file by its SHA-256
+    if re.fullmatch("[0-9a-f]{64}", expected) and sha256(weights) != expected:
+        raise ValueError(f"{weights} is damaged: its SHA-256 is not {expected}. Delete it and try again.")
+    return weights
