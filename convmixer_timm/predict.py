@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 
 from .hub import download
+from .weights import load_folder
 
 __all__ = ["class_names", "find_images", "load_image", "load_model", "predict"]
 
@@ -90,6 +91,8 @@ def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
         problem = "has no weights" if timm.is_model(arch) and "." not in name else "is not a known model"
         raise ValueError(f"{name!r} {problem}. With weights there are: {', '.join(known) or 'none'}.")
     cfg = None if scheme else timm.get_pretrained_cfg(name)
+    if scheme == "local-dir":
+        return load_folder(Path(location).expanduser()).eval().to(device)
     if scheme in ("hf-hub", "hf_hub"):
         download(location)
     elif cfg and cfg.hf_hub_id and not cfg.file:

@@ -23,9 +23,9 @@ from timm.data import create_dataset, resolve_data_config
 
 from .cards import Evaluation, Training, adopt_card, make_card, rename_in_card
 from .checkpoints import checkpoint_filter_fn, read_checkpoint
-from .convmixer import CIFAR10_LABELS
+from .convmixer import CIFAR10_LABELS, ConvMixer
 
-__all__ = ["pack", "pack_checkpoint", "pack_run"]
+__all__ = ["load_folder", "pack", "pack_checkpoint", "pack_run"]
 
 # What a packed folder may hold. Nothing else of a source is taken along, pickles least of all.
 FILES = ("README.md", "args.yaml", "config.json", "model.safetensors", "summary.csv")
@@ -85,12 +85,31 @@ def _new_folder(target: Path) -> Iterator[Path]:
         os.replace(folder, target)
 
 
+def load_folder(folder: Path) -> nn.Module:
+    """The model of a packed folder. Unlike older timm's ``local-dir:``, it reads ``model.safetensors`` and nothing else.
+
+    Raises:
+        FileNotFoundError: If the folder has no ``config.json`` or no ``model.safetensors``.
+        ValueError: If the weights can't be read or don't fit the configuration.
+    """
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}")
+    model = timm.create_model(f"local-dir:{folder}")
+    state_dict = read_checkpoint(folder / "model.safetensors")
+    if isinstance(model, ConvMixer):
+        state_dict = checkpoint_filter_fn(state_dict, model)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:  # PyTorch's, for tensors of other names or sizes
+        raise ValueError(f"{folder}: model.safetensors doesn't fit config.json: {error}") from error
+    return model
+
+
 def _pack_folder(source: Path, target: Path, load_name: str, labels: list[str] | None) -> nn.Module:
     if labels:
         raise ValueError(f"{source} is packed already: its class names are in its config.json")
-    if not (source / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{source} has no model.safetensors")
-    model = timm.create_model(f"local-dir:{source}", pretrained=True)
+    model = load_folder(source)
     with _new_folder(target) as folder:
         for path in sorted(source.iterdir()):
             if path.name in FILES or path.suffix == PICTURES:

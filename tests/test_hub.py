@@ -309,8 +309,11 @@ def second(tmp_path):
 amounts = itertools.count(1)
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("status", [403, 503, "cut"])
+@pytest.mark.parametrize(
+    "step, status",
+    # Who may not create a repository may still write to one that is there.
+    [(step, status) for step in STEPS for status in (403, 503, "cut") if (step, status) != ("create", 403)],
+)
 def test_fault_leaves_the_last_commit_and_passes(server, client, second, step, status):
     """A step that keeps failing ends in one line and an unchanged repository; one that failed once ends well."""
     repo_id = f"ann/fault-{step}-{status}"
@@ -437,7 +440,7 @@ def test_faults_while_loading(server, published, fresh):
     server.fail("resolve", 500)
     assert "answered 500" in fresh.fails("predict", "--model", published, IMAGES)
     server.fail("metadata", "cut")
-    assert "no answer" in fresh.fails("predict", "--model", published, IMAGES)
+    assert server.url in fresh.fails("predict", "--model", published, IMAGES)
     server.mend()
     server.fail("metadata", "slow", seconds=1, times=1)
     assert predict(fresh, published)[0] == 0
@@ -474,5 +477,5 @@ def test_no_network_and_nothing_cached(server, tmp_path):
     command = [sys.executable, "-m", "convmixer_timm", "predict", "--model", "hf-hub:ann/cifar", str(IMAGES)]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert "not in the cache" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "ann/cifar is not in the cache" in result.stderr.splitlines()[-1]

@@ -86,7 +86,7 @@ def test_preprocessing_and_channels_travel(tmp_path):
     pack_run(run, tmp_path / "grey")
     model = timm.create_model(f"local-dir:{tmp_path / 'grey'}", pretrained=True)
     config = timm.data.resolve_model_data_config(model)
-    assert config["input_size"] == (1, 48, 48)
+    assert tuple(config["input_size"]) == (1, 48, 48)
     assert (config["mean"], config["std"], config["crop_pct"]) == ([0.5], [0.25], 0.9)
     assert model(torch.zeros(1, 1, 48, 48)).shape == (1, 3)
     assert "label_names" not in model.pretrained_cfg  # CIFAR-10's would be wrong
