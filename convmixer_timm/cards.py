@@ -85,9 +85,7 @@ def make_card(
     parts.append(
         f"""## Use
 
-```
-pip install convmixer-timm
-```
+With the Python package `convmixer-timm` installed:
 
 ```python
 import convmixer_timm  # registers the architecture

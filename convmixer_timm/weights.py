@@ -86,7 +86,9 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 def load_folder(folder: Path) -> nn.Module:
-    """The model of a packed folder. Unlike older timm's ``local-dir:``, it reads ``model.safetensors`` and nothing else.
+    """The model of a packed folder, from ``model.safetensors`` alone.
+
+    Older timm's ``local-dir:`` unpickles whatever it finds there.
 
     Raises:
         FileNotFoundError: If the folder has no ``config.json`` or no ``model.safetensors``.

@@ -119,6 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     _ROUTES = (
+        ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<rev>.+)", "preupload"),
@@ -227,6 +228,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise Answer(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return oid
 
+    def _whoami(self):
+        role = "read" if self._token() in self.server.read_only else "write"
+        token = {"displayName": "a token", "role": role, "createdAt": "2026-01-01T00:00:00.000Z"}
+        self._json(200, {"type": "user", "name": self._user(write=False), "orgs": [], "auth": {"accessToken": token}})
+
     # Publishing
 
     def _create(self):
@@ -256,8 +262,15 @@ class _Handler(BaseHTTPRequestHandler):
             errors = [{"message": str(error)}]
         self._json(400 if errors else 200, {"errors": errors, "warnings": []})
 
+    def _repo_to_change(self, repo_id: str) -> Repo:
+        """Whoever may read a repository may open a pull request."""
+        pull_request = "create_pr=1" in self.query
+        if pull_request:
+            self._user()
+        return self._repo(repo_id, write=not pull_request)
+
     def _preupload(self, repo, rev):
-        stored = self._repo(repo, write=True)
+        stored = self._repo_to_change(repo)
         table = stored.commits[self._commit_of(stored, rev)]
         out = []
         for file in json.loads(self.body)["files"]:
@@ -270,7 +283,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(200, {"files": out})
 
     def _batch(self, repo):
-        self._repo(repo, write=True)
+        self._user()
+        self._repo(repo)
         objects = []
         for item in json.loads(self.body)["objects"]:
             actions = None  # it is here already
@@ -295,7 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(200, {})
 
     def _commit(self, repo, rev):
-        stored = self._repo(repo, write=True)
+        stored = self._repo_to_change(repo)
         head = self._commit_of(stored, rev)
         lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
         header = next(line["value"] for line in lines if line["key"] == "header")

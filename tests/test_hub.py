@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from convmixer_timm.convmixer import WEIGHTS_DIR
 
-from .hub_server import HubServer
+from .hub_server import HubServer, Repo
 from .test_weights import make_run
 
 SOURCE = WEIGHTS_DIR / "convmixer_128_4.e10_cifar10"
@@ -212,8 +212,9 @@ def test_branch_and_pull_request(server, client, run, tmp_path):
     other = changed(run, tmp_path / "run")
     assert client("publish", other, "--repo-id", "ann/refs", "--revision", "trial")[0] == 0
     assert b"hf-hub:ann/refs@trial" in server.files("ann/refs", "trial")["README.md"]
-    code, out, _ = client("publish", other, "--repo-id", "ann/refs", "--create-pr")
-    assert code == 0
+    # Somebody else may not write, but open a pull request.
+    code, out, err = client("publish", other, "--repo-id", "ann/refs", "--create-pr", token="hf_bob")
+    assert code == 0, err
     assert "/discussions/1" in out
     assert server.files("ann/refs") == before
     weights = "model.safetensors"
@@ -470,6 +471,18 @@ def test_what_cannot_be_loaded_is_said(server, published, fresh, client):
     assert "doesn't describe a model" in error("hf-hub:ann/nonsense")
     # The registered weights of timm's organisation, which this Hub hasn't got.
     assert "no repository timm/convmixer_768_32.in1k" in error("convmixer_768_32.in1k")
+
+
+def test_imagenet_weights_come_from_timms_organisation(server, fresh, tmp_path):
+    name = "convmixer_768_32.in1k"
+    model = timm.create_model(name.split(".")[0])
+    timm.models.save_for_hf(model, str(tmp_path / "packed"), safe_serialization=True)
+    repo = server.repos[f"timm/{name}"] = Repo(private=False, owner="timm")
+    files = [tmp_path / "packed" / file for file in ("config.json", "model.safetensors")]
+    repo.branches["main"] = repo.add({file.name: server.store(file.read_bytes()) for file in files})
+    assert "\nok      convmixer_768" not in fresh("verify")[1]
+    assert predict(fresh, name)[0] == 0
+    assert f"ok      {name}\n" in fresh("verify")[1]
 
 
 def test_no_network_and_nothing_cached(server, tmp_path):

@@ -1,0 +1,74 @@
+"""Fine-tuning a bundled checkpoint on a small set of images, against training the same model from scratch.
+
+    python benchmarks/finetune.py DATA --num-classes 2 --results benchmarks/results/finetune.csv
+
+DATA has train/CLASS/IMAGE and VAL/CLASS/IMAGE. Every run takes the recipe `finetune`, and counts the last epoch's
+accuracy, so that no epoch is chosen by the images that it is measured on.
+"""
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import timm
+import torch
+import yaml
+
+from convmixer_timm.launch import RECIPES
+
+# What differs from the recipe. A head alone: every other layer's learning rate falls below what is trained at all.
+SETTINGS = {
+    "pretrained": {},
+    "pretrained, head only": {"layer_decay": 0.1, "layer_decay_no_opt_scale": 0.5},
+    "from scratch": {"pretrained": False, "layer_decay": None},
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--num-classes", type=int, required=True)
+    parser.add_argument("--val-split", default="val")
+    parser.add_argument("--model", help="checkpoint (the recipe's)")
+    parser.add_argument("--epochs", type=int, help="(the recipe's)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--results", type=Path, help="CSV to write")
+    args = parser.parse_args()
+    recipe = yaml.safe_load((RECIPES / "finetune.yaml").read_text())
+    recipe |= {key: value for key in ("model", "epochs") if (value := getattr(args, key))}
+    recipe |= {"num_classes": args.num_classes, "val_split": args.val_split}
+
+    rows = []
+    for seed in range(args.seeds):
+        for name, changes in SETTINGS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                config = Path(folder) / "config.yaml"
+                config.write_text(yaml.safe_dump({**recipe, **changes, "seed": seed}))
+                command = [sys.executable, "-m", "convmixer_timm", "train", str(config), "--output", folder]
+                start = time.perf_counter()
+                subprocess.run(
+                    [*command, "--experiment", "run", "--data-dir", str(args.data)],
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+                seconds = round(time.perf_counter() - start)
+                with (Path(folder) / "run" / "summary.csv").open() as file:
+                    *_, last = csv.DictReader(file)
+            rows.append({"model": recipe["model"], "setting": name, "seed": seed, "epochs": recipe["epochs"]})
+            rows[-1] |= {"top1": last["eval_top1"], "seconds": seconds}
+            print(*rows[-1].values(), sep="  ", flush=True)
+    print(f"torch {torch.__version__}, timm {timm.__version__}")
+    for name in SETTINGS:
+        top1 = [float(row["top1"]) for row in rows if row["setting"] == name]
+        spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
+        print(f"{name:24}{statistics.mean(top1):6.1f} (standard deviation {spread:.1f}, {len(top1)} seeds)")
+    if args.results:
+        with args.results.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
