@@ -112,6 +112,8 @@ def _pack_folder(source: Path, target: Path, load_name: str, labels: list[str] |
     if labels:
         raise ValueError(f"{source} is packed already: its class names are in its config.json")
     model = load_folder(source)
+    if not isinstance(model, ConvMixer):
+        raise ValueError(f"{source} holds a {type(model).__name__}, which is no ConvMixer")
     with _new_folder(target) as folder:
         for path in sorted(source.iterdir()):
             if path.name in FILES or path.suffix == PICTURES:

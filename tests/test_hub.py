@@ -270,6 +270,11 @@ def test_bad_arguments_are_named(client, args, message):
     assert message in client.fails("publish", *args)
 
 
+def test_other_architectures_are_refused(client, tmp_path):
+    timm.models.save_for_hf(timm.create_model("test_resnet"), str(tmp_path / "resnet"), safe_serialization=True)
+    assert "no ConvMixer" in client.fails("publish", tmp_path / "resnet", "--repo-id", "ann/x")
+
+
 def test_labels_must_fit(client, run, tmp_path):
     (tmp_path / "labels.txt").write_text("ant\nbee\nwasp\n")
     assert "2 classes" in client.fails("publish", run, "--repo-id", "ann/x", "--labels", tmp_path / "labels.txt")
