@@ -41,7 +41,6 @@ class Training:
         data: What it was trained on, in words.
         dataset: The same as the Hub names a dataset.
         cost: Hours and machine, or nothing.
-        curve: Whether there is a ``curve.png``.
     """
 
     args: dict[str, Any]
@@ -50,11 +49,15 @@ class Training:
     data: str
     dataset: str
     cost: str = ""
-    curve: bool = False
 
 
 def make_card(
-    model: Any, name: str, load_name: str, training: Training | None = None, evaluation: Evaluation | None = None
+    model: Any,
+    name: str,
+    load_name: str,
+    training: Training | None = None,
+    evaluation: Evaluation | None = None,
+    pictures: dict[str, str] | None = None,
 ) -> str:
     """The card of a checkpoint.
 
@@ -64,6 +67,7 @@ def make_card(
         load_name: What `timm.create_model` loads it by.
         training: Of a run by ``train.py``; without it the card says nothing of the training.
         evaluation: Without it the card states no accuracy.
+        pictures: What they show, by file name.
     """
     depthwise = model.blocks[0][0].fn[0]
     size = " x ".join(map(str, model.pretrained_cfg["input_size"][1:]))
@@ -108,8 +112,7 @@ One run with seed {training.args["seed"]}{training.cost}. The weights are {train
 convmixer-timm run train --config args.yaml --data-dir DATA
 ```"""
         )
-        if training.curve:
-            parts.append("![Loss and accuracy by epoch](curve.png)")
+    parts += [f"![{shown}]({file})" for file, shown in (pictures or {}).items()]
     parts.append(f"## Citation\n\n{_CITATION}")
     data = ModelCardData(
         license=model.pretrained_cfg.get("license") or "mit",

@@ -133,6 +133,35 @@ def _publish(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plot(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from timm.data import create_transform, resolve_model_data_config
+
+    from .convmixer import ConvMixer
+    from .plots import draw_depthwise_kernels, draw_heat_map, draw_patch_filters
+    from .predict import class_names, load_image, load_model
+
+    model = load_model(args.model)
+    if not isinstance(model, ConvMixer):
+        raise ValueError(f"{args.model} is a {type(model).__name__}, which is no ConvMixer")
+    folder = Path(args.output)
+    draw_patch_filters(model, folder / "patch_filters.png")
+    draw_depthwise_kernels(model, folder / "depthwise_kernels.png", args.layers)
+    print(folder / "patch_filters.png", folder / "depthwise_kernels.png", sep="\n")
+    for path in map(Path, args.image or ()):
+        config = resolve_model_data_config(model)
+        image = create_transform(**config, is_training=False)(load_image(path, channels=config["input_size"][0]))
+        target = folder / f"heat_map_{path.stem}.png"
+        said = draw_heat_map(model, image, class_names(model), target)
+        print(f"{target}  {said}")
+    return 0
+
+
+def _layers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def _lines(path: str) -> list[str]:
     with open(path) as file:
         return [line.strip() for line in file if line.strip()]
@@ -208,6 +237,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tag", help="name for the commit")
     p.add_argument("--dry-run", action="store_true", help="show files and card, and send nothing")
     p.add_argument("--timeout", type=_positive, default=60, metavar="S", help="seconds for each answer (%(default)s)")
+
+    p = command("plot", _plot, "Draw a model's patch-embedding filters and depthwise kernels, and what it looks at.")
+    p.add_argument("model", metavar="MODEL", help="NAME, hf-hub:OWNER/NAME or local-dir:FOLDER")
+    p.add_argument("--layers", type=_layers, metavar="I,J,…", help="whose kernels (first, middle and last)")
+    p.add_argument("--image", nargs="+", metavar="IMAGE", help="draw a heat map for each (Grad-CAM)")
+    p.add_argument("-o", "--output", metavar="DIR", default=".", help="folder for the PNG files (%(default)s)")
 
     def runner(name, run, what, help, rest):
         p = command(name, run, help)

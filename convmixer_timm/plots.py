@@ -1,13 +1,17 @@
-"""Pictures of what was trained, with matplotlib (``pip install 'convmixer-timm[plot]'``)."""
+"""Pictures of a model and of its training, with matplotlib (``pip install 'convmixer-timm[plot]'``)."""
 
 import csv
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
+from timm.data import resolve_model_data_config
 
 from .files import atomic_path
 
-__all__ = ["draw_curve"]
+__all__ = ["draw_curve", "draw_depthwise_kernels", "draw_heat_map", "draw_patch_filters"]
 
 
 def draw_curve(summary: Path, target: Path) -> None:
@@ -37,5 +41,114 @@ def draw_curve(summary: Path, target: Path) -> None:
         accuracy.plot(epochs, top1, color="tab:orange", label=f"top-1, validation (last {top1[-1]:.2f} %)")
         accuracy.set_ylabel("top-1 in %")
     figure.legend(loc="outside upper center", ncols=3, fontsize="small")
+    _save(figure, target)
+
+
+def draw_patch_filters(model: Any, target: Path) -> None:
+    """Draws the patch embedding's filters as images, as the paper's figures do.
+
+    Each of the stem's dim filters [in_chans, p, p] becomes one tile, scaled to its own range about grey; other numbers
+    of channels than three are averaged. They are sorted by `_order`.
+    """
+    filters = model.stem[0].weight.detach().float().cpu()
+    if filters.shape[1] != 3:
+        filters = filters.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    tiles = 0.5 + 0.5 * _scaled(filters[_order(filters)])
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(_grid(tiles, fill=1.0).permute(1, 2, 0).numpy(), interpolation="nearest")
+    size = "x".join(map(str, filters.shape[-2:]))
+    axes.set_title(f"patch embedding: {len(filters)} filters of {size}", fontsize="medium")
+    axes.axis("off")
+    _save(figure, target)
+
+
+def draw_depthwise_kernels(model: Any, target: Path, layers: list[int] | None = None) -> None:
+    """Draws the depthwise kernels of some layers, one tile a channel, blue below zero and red above.
+
+    Args:
+        model: A ConvMixer.
+        target: PNG to write.
+        layers: Indices into its blocks; by default the first, the middle and the last.
+
+    Raises:
+        ValueError: If there is no such layer.
+    """
+    depth = len(model.blocks)
+    layers = layers or sorted({0, depth // 2, depth - 1})
+    if wrong := [layer for layer in layers if not 0 <= layer < depth]:
+        raise ValueError(f"no layer {', '.join(map(str, wrong))}: this model's are 0 to {depth - 1}")
+    figure = Figure(figsize=(5 * len(layers), 5.4), layout="constrained")
+    for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
+        kernels = model.blocks[layer][0].fn[0].weight.detach().float().cpu()  # [dim, 1, k, k]
+        grid = _grid(_scaled(kernels[_order(kernels)]), fill=float("nan"))[0]
+        axes.imshow(grid.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        axes.set_title(f"layer {layer} of {depth}, sorted", fontsize="medium")
+        axes.axis("off")
+    _save(figure, target)
+
+
+def draw_heat_map(model: Any, image: torch.Tensor, names: list[str], target: Path) -> str:
+    """Draws where an image speaks for its most probable class (Grad-CAM, arXiv 1610.02391, on the last layer).
+
+    Args:
+        model: With a classifier.
+        image: As the model takes it, [in_chans, H, W].
+        names: Of the classes.
+        target: PNG to write: the image as the model sees it, and the map over it.
+
+    Returns:
+        The class that it is for, with its probability.
+    """
+    model.eval()
+    with torch.enable_grad():
+        features = model.forward_features(image[None])
+        logits = model.forward_head(features)[0]
+        label = int(logits.argmax())
+        (gradient,) = torch.autograd.grad(logits[label], features)
+    weights = gradient.mean((2, 3), keepdim=True)
+    heat = (weights * features.detach()).sum(1, keepdim=True).relu()
+    heat = F.interpolate(heat, image.shape[-2:], mode="bilinear")[0, 0]
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    shown = (image * std + mean).clamp(0, 1)
+    if len(shown) != 3:
+        shown = shown.mean(0, keepdim=True).expand(3, -1, -1)
+    said = f"{names[label]} {logits.softmax(-1)[label]:.3f}"
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    for axes, title in zip(figure.subplots(1, 2), ("image", said), strict=True):
+        axes.imshow(shown.permute(1, 2, 0).numpy())
+        axes.set_title(title, fontsize="medium")
+        axes.axis("off")
+    axes.imshow(heat.numpy(), cmap="inferno", alpha=0.6)
+    _save(figure, target)
+    return said
+
+
+def _scaled(tiles: torch.Tensor) -> torch.Tensor:
+    """Each tile of [N, C, H, W] divided by its own largest absolute value."""
+    return tiles / tiles.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
+
+
+def _order(tiles: torch.Tensor) -> torch.Tensor:
+    """An order of [N, …] in which neighbours look alike: by the angle in their first two principal components."""
+    flat = F.normalize(tiles.flatten(1), dim=1)
+    u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    first, second = (u * s)[:, 0], (u * s)[:, min(1, len(s) - 1)]
+    return torch.atan2(second, first).argsort()
+
+
+def _grid(tiles: torch.Tensor, fill: float) -> torch.Tensor:
+    """[N, C, H, W] as one picture [C, …] with a pixel of `fill` between tiles, nearly square."""
+    n, channels, height, width = tiles.shape
+    columns = max(1, round((n * height / width) ** 0.5))
+    rows = -(-n // columns)
+    padded = torch.full((rows * columns, channels, height + 1, width + 1), fill)
+    padded[:n, :, :height, :width] = tiles
+    grid = padded.view(rows, columns, channels, height + 1, width + 1).permute(2, 0, 3, 1, 4)
+    return grid.reshape(channels, rows * (height + 1), columns * (width + 1))[:, :-1, :-1]
+
+
+def _save(figure: Figure, target: Path) -> None:
     with atomic_path(target) as temporary:
         figure.savefig(temporary, dpi=120)

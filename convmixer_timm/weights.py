@@ -145,7 +145,8 @@ def pack_checkpoint(
         labels = model.pretrained_cfg.get("label_names")
     with _new_folder(target) as folder:
         _save(model, folder, labels, {})
-        (folder / "README.md").write_text(make_card(model, target.name, load_name))
+        card = make_card(model, target.name, load_name, pictures=draw_pictures(model, folder))
+        (folder / "README.md").write_text(card)
     return model
 
 
@@ -225,9 +226,10 @@ def pack_run(
             data=train_data or dataset,
             dataset="cifar10" if labels == list(CIFAR10_LABELS) else dataset,
             cost=cost,
-            curve=_draw_curve(folder),
         )
-        card = make_card(model, target.name, load_name or target.name, training, evaluation)
+        card = make_card(
+            model, target.name, load_name or target.name, training, evaluation, draw_pictures(model, folder)
+        )
         (folder / "README.md").write_text(card)
     return model
 
@@ -262,11 +264,21 @@ def _save(model: Any, folder: Path, labels: list[str] | None, model_args: dict) 
     )
 
 
-def _draw_curve(folder: Path) -> bool:
+def draw_pictures(model: nn.Module, folder: Path) -> dict[str, str]:
+    """Draws what a card shows; gives file names and what they show."""
     if importlib.util.find_spec("matplotlib") is None:
-        print("no curve.png: pip install 'convmixer-timm[plot]' draws it", file=sys.stderr)
-        return False
-    from .plots import draw_curve
+        print("no pictures in the card: pip install 'convmixer-timm[plot]' draws them", file=sys.stderr)
+        return {}
+    from .plots import draw_curve, draw_depthwise_kernels, draw_patch_filters
 
-    draw_curve(folder / "summary.csv", folder / "curve.png")
-    return True
+    pictures = {}
+    if (folder / "summary.csv").exists():
+        draw_curve(folder / "summary.csv", folder / "curve.png")
+        pictures["curve.png"] = "Loss and accuracy by epoch"
+    draw_patch_filters(model, folder / "patch_filters.png")
+    draw_depthwise_kernels(model, folder / "depthwise_kernels.png")
+    return {
+        **pictures,
+        "patch_filters.png": "Filters of the patch embedding",
+        "depthwise_kernels.png": "Depthwise kernels of the first, the middle and the last layer",
+    }

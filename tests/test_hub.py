@@ -21,7 +21,8 @@ from .hub_server import HubServer, Repo
 from .test_weights import make_run
 
 SOURCE = WEIGHTS_DIR / "convmixer_128_4.e10_cifar10"
-FILES = {"README.md", "args.yaml", "config.json", "curve.png", "model.safetensors", "summary.csv"}
+PICTURES = {"curve.png", "depthwise_kernels.png", "patch_filters.png"}
+FILES = {"README.md", "args.yaml", "config.json", "model.safetensors", "summary.csv"} | PICTURES
 
 
 def environment(server, home):
