@@ -158,6 +158,21 @@ def _plot(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .export import export
+    from .predict import class_names, load_model
+
+    model = load_model(args.model)
+    target = Path(args.output)
+    labels = class_names(model)
+    metadata = export(model, target, args.format, args.precision, args.dynamic_batch, args.calibration, labels)
+    size = "x".join(map(str, ("N" if args.dynamic_batch else 1, *metadata["input_size"])))
+    print(f"{target}: {args.model} as {args.format} in {args.precision} for images of {size}, outputs compared")
+    return 0
+
+
 def _layers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -243,6 +258,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", type=_layers, metavar="I,J,…", help="whose kernels (first, middle and last)")
     p.add_argument("--image", nargs="+", metavar="IMAGE", help="draw a heat map for each (Grad-CAM)")
     p.add_argument("-o", "--output", metavar="DIR", default=".", help="folder for the PNG files (%(default)s)")
+
+    p = command("export", _export, "Write a model for another program, with its preprocessing as metadata.")
+    p.add_argument("model", metavar="MODEL", help="NAME, hf-hub:OWNER/NAME or local-dir:FOLDER")
+    p.add_argument("--format", choices=("onnx", "openvino", "torch-export"), required=True)
+    p.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="fp32", help="(%(default)s)")
+    p.add_argument("--dynamic-batch", action="store_true", help="for any number of images at a time (one)")
+    p.add_argument("--calibration", metavar="DIR", help="images to choose int8's scales by")
+    p.add_argument("-o", "--output", metavar="OUT", required=True, help="file: .onnx, .xml or .pt2")
 
     def runner(name, run, what, help, rest):
         p = command(name, run, help)
