@@ -11,7 +11,7 @@ from .compat import mend_posterize
 from .convmixer import ConvMixer
 from .native import set_fast_training
 
-__all__ = ["ConvMixer", "set_fast_training"]
+__all__ = ["ConvMixer", "optimize", "set_fast_training"]
 
 mend_posterize()
 
@@ -21,4 +21,8 @@ def __getattr__(name: str):
         from importlib.metadata import version
 
         return version("convmixer-timm")
+    if name == "optimize":
+        from .inference import optimize
+
+        return optimize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

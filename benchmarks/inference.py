@@ -1,0 +1,335 @@
+"""Times inference: variants by engines, precisions, batch and image sizes, against timm's own class as it comes.
+
+    python benchmarks/inference.py --calibration DIR --csv benchmarks/results/inference.csv --plots benchmarks/plots
+    python benchmarks/inference.py --quick
+
+Every setting runs in a process of its own, so that its peak memory is its own; all are warmed up, then take turns. A
+row appears only if the outputs were those of the model in fp32, within `convmixer_timm.inference.TOLERANCES`. The peak
+is the speed of the model's own 1x1 convolution in the row's precision, measured in the same run.
+"""
+
+import argparse
+import csv
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from train_step import build
+
+# What is timed. 'timm' is its class in fp32, channels first; 'optimize' is this package's one call.
+SETTINGS = ("timm", "channels-last", "inductor", "openvino", "onnxruntime", "optimize")
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+def runnable(setting: str, precision: str) -> bool:
+    from convmixer_timm.inference import BACKENDS, unavailable
+
+    if setting == "timm":
+        return precision == "fp32"
+    if setting == "channels-last":
+        return precision == "fp32" or (precision == "bf16" and unavailable("inductor", "bf16") is None)
+    if setting == "optimize":
+        return any(unavailable(name, precision) is None for name in BACKENDS)
+    return unavailable(setting, precision) is None
+
+
+def prepare(args, setting: str, precision: str):
+    """A function of nothing that runs the model once, and how far its outputs are from the model's in fp32."""
+    from convmixer_timm.inference import BACKENDS, TOLERANCES, calibration_batches, optimize, quiet
+
+    torch.manual_seed(0)
+    model = build("ours", args.model).eval().requires_grad_(False)
+    if args.model in args.pretrained:
+        import timm
+
+        model = timm.create_model(args.model, pretrained=True).eval().requires_grad_(False)
+    size = (3, args.img_size, args.img_size)
+    model.pretrained_cfg["input_size"] = size
+    batches = list(calibration_batches(model, args.calibration)) if precision == "int8" else []
+    images = torch.randn(args.batch_size, *size)
+    if args.calibration:
+        real = torch.cat(list(calibration_batches(model, args.calibration)))
+        images = real[torch.arange(args.batch_size) % len(real)]
+    with torch.inference_mode():
+        expected = model(images)
+    label = setting
+    if setting == "timm":
+        theirs = build("timm", args.model).eval()
+        theirs.load_state_dict(model.state_dict())
+        run = torch.inference_mode()(theirs)
+    elif setting == "channels-last":
+        model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
+
+        @torch.inference_mode()
+        def run(x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                return model(x).float()
+    elif setting == "optimize":
+        run = optimize(model, images, precision=precision, calibration=batches)
+        label = f"optimize ({run.backend}{', folded' if run.folded else ''})"
+    else:
+        with quiet():
+            run = BACKENDS[setting][0](model, images, precision, False, batches)
+    difference = ((run(images) - expected).abs().max() / expected.abs().max()).item()
+    return lambda: run(images), difference, difference <= TOLERANCES[precision], label
+
+
+def peak_flops(args, precision: str) -> float:
+    """Multiply-adds, counted as two, a second of the model's 1x1 convolution in this precision."""
+    from convmixer_timm.inference import BACKENDS, quiet
+
+    model = build("ours", args.model)
+    dim, side, layers = model.num_features, args.img_size // model.stem[0].kernel_size[0], 8
+    convolutions = torch.nn.Sequential(*[torch.nn.Conv2d(dim, dim, 1) for _ in range(layers)]).eval()
+    x = torch.randn(args.batch_size, dim, side, side)
+    backend = "openvino" if precision == "int8" else "inductor"
+    if precision == "int8":
+        with quiet():
+            run = BACKENDS[backend][0](convolutions, x, precision, True, [x])
+    else:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        layers, x = 1, x.to(dtype).contiguous(memory_format=torch.channels_last)
+        run = torch.inference_mode()(convolutions[0].to(dtype).to(memory_format=torch.channels_last))
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        run(x)
+        seconds.append(time.perf_counter() - start)
+    return 2 * layers * dim * dim * side * side * args.batch_size / min(seconds)
+
+
+def work(args) -> None:
+    """A worker: says that it is ready, then answers each line on stdin with the seconds of one call."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what engines print is no answer
+    setting, precision = args.worker
+    if setting == "peak":
+        return print(peak_flops(args, precision), file=answers)
+    run, difference, matches, label = prepare(args, setting, precision)
+    for _ in range(2):
+        run()
+    print(json.dumps({"difference": difference, "matches": matches, "label": label}), file=answers, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(time.perf_counter() - start, memory, file=answers, flush=True)
+    return None
+
+
+def measure(args, model: str, img_size: int, batch_size: int) -> list[dict]:
+    from convmixer_timm.variants import variants
+
+    def start(setting: str, precision: str) -> subprocess.Popen:
+        command = [sys.executable, __file__, "--worker", setting, precision, "--model", model]
+        command += ["--img-size", str(img_size), "--batch-size", str(batch_size), "--pretrained", *args.pretrained]
+        command += ["--calibration", args.calibration] if args.calibration else []
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(command, text=True, **pipes)
+
+    workers, said = {}, {}
+    for precision in args.precisions:
+        for setting in args.settings:
+            if not runnable(setting, precision) or (precision == "int8" and not args.calibration):
+                continue
+            worker = start(setting, precision)
+            line = worker.stdout.readline()
+            answer = json.loads(line) if line else {"matches": False, "difference": float("nan")}
+            args.progress.update()
+            if answer["matches"]:
+                workers[setting, precision], said[setting, precision] = worker, answer
+            else:
+                args.progress.write(
+                    f"left out: {model} {setting} {precision}: outputs differ by {answer['difference']}"
+                )
+                worker.kill()
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in workers}
+    memory = {}
+    for _ in range(args.repeats):
+        for key, worker in workers.items():
+            for _ in range(args.calls if batch_size == 1 else 1):
+                worker.stdin.write("\n")
+                worker.stdin.flush()
+                took, memory[key] = map(float, worker.stdout.readline().split())
+                seconds[key].append(took)
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    peak = {p: float(start("peak", p).communicate()[0]) for p in {precision for _, precision in workers}}
+    variant = next(v for v in variants() if v.name == model.split(".")[0])
+    macs = variant.macs * (img_size / variant.input_size[-1]) ** 2
+    base = statistics.median(seconds["timm", "fp32"]) if ("timm", "fp32") in seconds else float("nan")
+    rows = []
+    for (setting, precision), values in seconds.items():
+        median = statistics.median(values)
+        quantiles = statistics.quantiles(values, n=20)
+        rows.append(
+            {
+                "model": model,
+                "backend": said[setting, precision]["label"],
+                "precision": precision,
+                "infer_samples_per_sec": round(batch_size / median, 2),
+                "slowest": round(batch_size / max(values), 2),
+                "fastest": round(batch_size / min(values), 2),
+                "infer_step_time": round(median * 1000, 3),
+                "p95_step_time": round(quantiles[-1] * 1000, 3),
+                "infer_batch_size": batch_size,
+                "infer_img_size": img_size,
+                "infer_gmacs": round(macs / 1e9, 2),
+                "param_count": round(variant.params / 1e6, 2),
+                "times_timm": round(base / median, 2),
+                "share_of_peak": round(2 * macs * batch_size / median / peak[precision], 2),
+                "peak_MiB": round(memory[setting, precision]),
+                "difference": f"{said[setting, precision]['difference']:.1e}",
+            }
+        )
+    return rows
+
+
+def draw(rows: list[dict], folder: Path) -> None:
+    """Throughput and share of the peak by engine; growth with batch and image size; accuracy against throughput."""
+    from huggingface_hub import ModelCard
+    from matplotlib.figure import Figure
+
+    from convmixer_timm.convmixer import WEIGHTS_DIR
+    from convmixer_timm.files import atomic_path
+
+    colors = {"fp32": "tab:blue", "bf16": "tab:orange", "int8": "tab:green"}
+
+    def save(figure, name):
+        with atomic_path(folder / name) as temporary:
+            figure.savefig(temporary, dpi=120)
+
+    def settings(row):
+        return row["model"], int(row["infer_img_size"]), int(row["infer_batch_size"])
+
+    # For each model, the batch that was measured with most engines.
+    groups = {key: [row for row in rows if settings(row) == key] for key in dict.fromkeys(map(settings, rows))}
+    chosen = {}
+    for key, members in groups.items():
+        if len(members) > len(chosen.get(key[0], (None, []))[1]) or (
+            key[0] in chosen and key[2] > chosen[key[0]][0][2]
+        ):
+            chosen[key[0]] = key, members
+    for column, name, label in (
+        ("infer_samples_per_sec", "throughput.png", "images/s"),
+        ("share_of_peak", "share_of_peak.png", "share of the 1x1 convolution's measured speed"),
+    ):
+        figure = Figure(figsize=(5 * len(chosen), 4.5), layout="constrained")
+        for axes, (key, members) in zip(
+            figure.subplots(1, len(chosen), squeeze=False)[0], chosen.values(), strict=True
+        ):
+            names = [f"{row['backend']}, {row['precision']}" for row in members]
+            axes.barh(names, [float(row[column]) for row in members], color=[colors[r["precision"]] for r in members])
+            axes.invert_yaxis()
+            axes.set(title=f"{key[0]}, {key[1]} pixels, batch {key[2]}", xlabel=label)
+            axes.tick_params(labelsize="small")
+        save(figure, name)
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, x, fixed in zip(
+        figure.subplots(1, 2),
+        ("infer_batch_size", "infer_img_size"),
+        ("infer_img_size", "infer_batch_size"),
+        strict=True,
+    ):
+        lines: dict[tuple, list] = {}
+        for row in rows:
+            if row["backend"].startswith(("timm", "optimize")):
+                kind = row["backend"].split(" ")[0]
+                lines.setdefault((row["model"], kind, row["precision"], row[fixed]), []).append(row)
+        for (model, backend, precision, _), members in lines.items():
+            if len(members) > 2:
+                members.sort(key=lambda row: int(row[x]))
+                values = [float(row["infer_samples_per_sec"]) for row in members]
+                axes.plot([int(row[x]) for row in members], values, "o-", label=f"{model}, {backend}, {precision}")
+        axes.set(xscale="log", yscale="log", xlabel=x.replace("infer_", "").replace("_", " "), ylabel="images/s")
+        if axes.lines:
+            axes.legend(fontsize="x-small")
+    save(figure, "growth.png")
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, (_, members) in chosen.items():
+        card = WEIGHTS_DIR / name / "README.md"
+        if card.exists():
+            results = ModelCard.load(card).data.eval_results
+            top1 = next(r.metric_value for r in results if r.metric_name == "Top 1 Accuracy")
+            fast = max(members, key=lambda row: float(row["infer_samples_per_sec"]))
+            axes.scatter(float(fast["infer_samples_per_sec"]), top1)
+            axes.annotate(
+                f"{name}\n{fast['backend']}, {fast['precision']}", (float(fast["infer_samples_per_sec"]), top1)
+            )
+    axes.set(xscale="log", xlabel="images/s, fastest row", ylabel="top-1 in %")
+    save(figure, "accuracy.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--img-size", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--pretrained", nargs="*", default=[], help=argparse.SUPPRESS)
+    columns = ["convmixer_256_8:32:64", "convmixer_768_32:224:4", "convmixer_1536_20:224:2"]
+    parser.add_argument("--columns", nargs="+", default=columns, metavar="MODEL:PIXELS:BATCH", help="(%(default)s)")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, metavar="SETTING")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, metavar="PRECISION")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--calls", type=int, default=10, help="calls a repeat at batch 1 (%(default)s)")
+    parser.add_argument("--calibration", metavar="DIR", help="images for int8, which is left out without them")
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    parser.add_argument("--plots", type=Path, help="draw the CSV's rows, or this run's, into this folder")
+    parser.add_argument("--quick", action="store_true", help="one small model, in less than two minutes")
+    args = parser.parse_args()
+    if args.worker:
+        return work(args)
+    if args.quick:
+        args.columns, args.repeats, args.precisions = ["convmixer_256_8:32:16"], 5, ["fp32", "bf16"]
+
+    import timm
+    from huggingface_hub.utils import tqdm
+
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+    )
+    machine = {"cpu": f"{cpu} x{torch.get_num_threads()}", "torch": torch.__version__, "timm": timm.__version__}
+    for package in ("openvino", "onnxruntime", "nncf"):
+        try:
+            machine[package] = __import__(package).__version__
+        except ImportError:
+            machine[package] = ""
+    print(machine)
+    args.pretrained = [m for m in (c.split(":")[0] for c in args.columns) if "." in m]
+    everything = []
+    args.progress = tqdm(total=len(args.columns) * len(args.settings) * len(args.precisions), unit="row")
+    for column in args.columns:
+        model, img_size, batch_size = column.split(":")
+        for row in measure(args, model, int(img_size), int(batch_size)):
+            args.progress.write(
+                "  ".join(f"{k}={v}" for k, v in row.items() if k not in ("infer_gmacs", "param_count"))
+            )
+            everything.append({**row, **machine})
+    args.progress.close()
+    if args.csv:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        new = not args.csv.exists()
+        with args.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, everything[0], lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(everything)
+        with args.csv.open() as file:
+            everything = list(csv.DictReader(file))
+    if args.plots:
+        draw(everything, args.plots)
+
+
+if __name__ == "__main__":
+    main()
