@@ -18,10 +18,10 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.sha import git_hash
 
 from . import __version__
 from .cards import merge_cards
@@ -108,11 +108,10 @@ def publish(
         _compare(model, folder)
         if dry_run:
             return _publication(folder)
+        if constants.HF_HUB_OFFLINE:
+            raise HubError("HF_HUB_OFFLINE is set: unset it to publish")
         if get_token() is None:
-            raise HubError(
-                "no Hugging Face token: run `hf auth login` with a token that may write, or set HF_TOKEN. "
-                "Nothing was sent."
-            )
+            raise HubError("no Hugging Face token: run `hf auth login` with one that may write, or set HF_TOKEN")
         _limit_waiting(timeout)
         api = HfApi(library_name="convmixer-timm", library_version=__version__)
         return _send(api, folder, repo_id, private, revision, create_pr, tag)
@@ -162,25 +161,27 @@ def _send(
                 if error is None:
                     raise
                 if wait is None or not _passes_by_itself(error):
-                    raise HubError(_advice(error, repo_id, f"{repo_id} is as it was before")) from raised
+                    raise HubError(_advice(error, repo_id, f"{repo_id} has no new commit")) from raised
                 print(f"{_reason(error)}; trying again in {wait} s", file=sys.stderr)
                 time.sleep(wait)
         raise AssertionError
 
     attempt(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    if tag:
-        tags = {ref.name: ref.target_commit for ref in attempt(lambda: api.list_repo_refs(repo_id)).tags}
+    if private and not attempt(lambda: api.repo_info(repo_id)).private:
+        raise HubError(f"{repo_id} is there and public: make it private in its settings first, or leave out --private")
     if revision:
         attempt(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    head = attempt(lambda: api.repo_info(repo_id, revision=revision)).sha
+    head = str(attempt(lambda: api.repo_info(repo_id, revision=revision)).sha)
     card = folder / "README.md"
     old = attempt(lambda: _old_card(repo_id, head))
     if old is not None:
         card.write_text(merge_cards(card.read_text(), old))
-    if tag and tag in tags and tags[tag] != head:
-        raise HubError(
-            f"{repo_id} has a tag {tag} on an older commit: choose another --tag. {repo_id} is as it was before."
-        )
+    tagged = None
+    if tag:
+        refs = attempt(lambda: api.list_repo_refs(repo_id))
+        tagged = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+    if tagged and not (tagged == head and attempt(lambda: _holds(api, repo_id, head, folder))):
+        raise HubError(f"{repo_id} has a tag {tag}, on other content: choose another --tag. It has no new commit.")
 
     def commit():
         operations = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
@@ -196,7 +197,7 @@ def _send(
     # A commit whose answer was lost is found on the branch by the next attempt; a pull request would be opened twice.
     info = attempt(commit, (None,)) if create_pr else attempt(commit)
     changed = info.oid != head
-    if tag and tag not in tags:
+    if tag and not tagged:
         try:
             api.create_tag(repo_id, tag=tag, revision=info.oid)
         except _NETWORK as error:
@@ -204,7 +205,20 @@ def _send(
     return _publication(folder, url=info.pr_url or info.commit_url, changed=changed)
 
 
-def _old_card(repo_id: str, commit: str | None) -> str | None:
+def _holds(api: HfApi, repo_id: str, commit: str, folder: Path) -> bool:
+    """Whether a commit has these very files."""
+    files = {path.name: path for path in folder.iterdir()}
+    there: list[Any] = api.get_paths_info(repo_id, list(files), revision=commit)
+    same = [
+        info.lfs.sha256 == sha256(files[info.path])
+        if info.lfs
+        else info.blob_id == git_hash(files[info.path].read_bytes())
+        for info in there
+    ]
+    return len(same) == len(files) and all(same)
+
+
+def _old_card(repo_id: str, commit: str) -> str | None:
     with tempfile.TemporaryDirectory() as cache:
         try:
             return Path(hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache)).read_text()
@@ -229,7 +243,7 @@ def _status(error: BaseException) -> int | None:
 def _passes_by_itself(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return _status(error) in _TRANSIENT
-    return not isinstance(error, OfflineModeIsEnabled | FileNotFoundError)
+    return not isinstance(error, FileNotFoundError)
 
 
 def _reason(error: Exception) -> str:
@@ -242,8 +256,6 @@ def _reason(error: Exception) -> str:
 
 def _advice(error: Exception, repo_id: str, state: str) -> str:
     owner = repo_id.split("/")[0]
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set: unset it to reach the Hub. {state}."
     what = {
         401: "the token is wrong or expired: run `hf auth login`, or set HF_TOKEN",
         402: f"the storage of {owner} is full: free some, or publish elsewhere",

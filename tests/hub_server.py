@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -124,6 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/validate-yaml", "validate"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<rev>.+)", "preupload"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<rev>.+)", "commit"),
+        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<rev>.+)", "paths"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<rev>.+)", "branch"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/tag/(?P<rev>.+)", "tag"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/refs", "refs"),
@@ -367,6 +368,18 @@ class _Handler(BaseHTTPRequestHandler):
         oid = self._commit_of(stored, rev)
         siblings = [{"rfilename": path} for path in stored.commits[oid]]
         self._json(200, {"id": repo, "sha": oid, "private": stored.private, "siblings": siblings, "tags": []})
+
+    def _paths(self, repo, rev):
+        stored = self._repo(repo)
+        table = stored.commits[self._commit_of(stored, rev)]
+        out = []
+        for path in parse_qs(self.body.decode())["paths"]:
+            if path in table:
+                content = self.server.blob(table[path]).read_bytes()
+                out.append({"type": "file", "path": path, "size": len(content), "oid": _git_oid(content)})
+                if _is_lfs(path):
+                    out[-1]["lfs"] = {"oid": table[path], "size": len(content), "pointerSize": 130}
+        self._json(200, out)
 
     def _content(self, repo, rev, path) -> tuple[str, str, bytes]:
         stored = self._repo(repo)

@@ -329,7 +329,7 @@ def test_fault_leaves_the_last_commit_and_passes(server, client, second, step, s
     server.fail(step, status)
     line = client.fails("publish", second, "--repo-id", repo_id)
     assert "no answer" in line if status == "cut" else str(status) in line
-    assert f"{repo_id} is as it was before" in line
+    assert f"{repo_id} has no new commit" in line
     assert server.files(repo_id) == before
     server.mend()
     if status != 403:
@@ -377,12 +377,20 @@ def test_slow_server(server, client):
     assert "no answer" in line and "Timeout" in line
 
 
-def test_tag_on_an_older_commit(server, client, second):
+def test_a_tag_stays_with_its_content(server, client, second):
     assert client("publish", SOURCE, "--repo-id", "ann/tagged", "--tag", "v1")[0] == 0
+    assert "choose another --tag" in client.fails("publish", second, "--repo-id", "ann/tagged", "--tag", "v1")
     assert client("publish", second, "--repo-id", "ann/tagged", "--tag", "v2")[0] == 0
     before = server.files("ann/tagged")
     assert "choose another --tag" in client.fails("publish", SOURCE, "--repo-id", "ann/tagged", "--tag", "v1")
     assert server.files("ann/tagged") == before
+
+
+def test_private_is_not_public(server, client, second):
+    assert client("publish", SOURCE, "--repo-id", "ann/public")[0] == 0
+    before = server.files("ann/public")
+    assert "there and public" in client.fails("publish", second, "--repo-id", "ann/public", "--private")
+    assert server.files("ann/public") == before
 
 
 def test_no_token_is_stored(client):
