@@ -252,7 +252,9 @@ def _save(model: Any, folder: Path, labels: list[str] | None, model_args: dict) 
     """Weights and configuration, by timm; `model_args` are what `model` differs in from its variant."""
     if labels and len(labels) != model.num_classes:
         raise ValueError(f"the model has {model.num_classes} classes, and the labels are {len(labels)}")
-    # What the variant's classes are called says nothing of what this model learned.
+    # The variant's tag and class names say nothing of what this model learned.
+    architecture, _, tag = folder.name.partition(".")
+    model.pretrained_cfg["tag"] = tag if architecture == model.pretrained_cfg["architecture"] else ""
     model.pretrained_cfg.pop("label_names", None)
     # Newer timm remembers arguments by itself, and takes only what JSON can hold.
     timm.models.save_for_hf(

@@ -117,6 +117,7 @@ def test_published_run_is_whole_and_described(server, client, run):
     config = json.loads(files["config.json"])
     assert config["architecture"] == "convmixer_128_4"
     assert config["num_classes"] == 2
+    assert "cifar10" not in json.dumps(config)
     assert config["label_names"] == ["ant", "bee"]
     assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
     assert "label_names" not in config["pretrained_cfg"]

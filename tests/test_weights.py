@@ -55,6 +55,7 @@ def test_packed_run_loads_and_has_its_card(run, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["convmixer_128_4.mine", "run"]
     model = timm.create_model(f"local-dir:{target}", pretrained=True)
     assert len(model.blocks) == 2
+    assert model.pretrained_cfg["tag"] == "mine"
     weights = torch.load(run / "last.pth.tar", weights_only=False)["state_dict"]
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert not [p.name for p in target.iterdir() if str(tmp_path).encode() in p.read_bytes()]
