@@ -288,14 +288,16 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code. What a user can mend comes as one line on stderr."""
     args = _parser().parse_args(argv)
     args.from_shell = argv is None
-    if args.run in (_run, _train):  # a script's errors pass through as they are
-        return args.run(args)
     try:
         return args.run(args)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except KeyboardInterrupt:
+        return 130  # what a shell gives for it; Python's own code depends on what runs at exit
     except (OSError, ValueError, RuntimeError) as error:
+        if args.run in (_run, _train):  # a script's errors pass through as they are
+            raise
+        if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         return _fail(error)
 
 
