@@ -35,6 +35,7 @@ if __name__ == "__main__":
     parser.add_argument("--val-split", default="val")
     parser.add_argument("--model", help="checkpoint (the recipe's)")
     parser.add_argument("--epochs", type=int, help="(the recipe's)")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", type=Path, help="CSV to write")
     args = parser.parse_args()
@@ -44,10 +45,10 @@ if __name__ == "__main__":
 
     rows = []
     for seed in range(args.seeds):
-        for name, changes in SETTINGS.items():
+        for name in args.settings:
             with tempfile.TemporaryDirectory() as folder:
                 config = Path(folder) / "config.yaml"
-                config.write_text(yaml.safe_dump({**recipe, **changes, "seed": seed}))
+                config.write_text(yaml.safe_dump({**recipe, **SETTINGS[name], "seed": seed}))
                 command = [sys.executable, "-m", "convmixer_timm", "train", str(config), "--output", folder]
                 start = time.perf_counter()
                 subprocess.run(
@@ -63,7 +64,7 @@ if __name__ == "__main__":
             rows[-1] |= {"top1": last["eval_top1"], "seconds": seconds}
             print(*rows[-1].values(), sep="  ", flush=True)
     print(f"torch {torch.__version__}, timm {timm.__version__}")
-    for name in SETTINGS:
+    for name in args.settings:
         top1 = [float(row["top1"]) for row in rows if row["setting"] == name]
         spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
         print(f"{name:24}{statistics.mean(top1):6.1f} (standard deviation {spread:.1f}, {len(top1)} seeds)")
