@@ -461,8 +461,11 @@ def test_faults_while_loading(server, published, fresh):
     server.fail("metadata", "slow", seconds=1, times=1)
     assert predict(fresh, published)[0] == 0
     shutil.rmtree(fresh.home / "hub")
-    server.fail("resolve", "half", times=2)  # goes on where it stopped
-    assert predict(fresh, published)[0] == 0
+    server.fail("resolve", "half", times=2)
+    for _ in range(3):  # older huggingface_hub gives up at each cut, and goes on from there when it is asked again
+        code, _, err = predict(fresh, published)
+        assert code == 0 or "no answer" in err
+    assert code == 0
     server.fail("metadata", 503)  # what is in the cache is enough
     assert predict(fresh, published)[0] == 0
 
