@@ -26,7 +26,7 @@ from huggingface_hub.utils.sha import git_hash
 from . import __version__
 from .cards import merge_cards
 from .files import sha256
-from .weights import pack
+from .packing import pack
 
 __all__ = ["HubError", "Publication", "download", "publish"]
 
@@ -80,7 +80,7 @@ def publish(
     is tried three times.
 
     Args:
-        source: What `weights.pack` packs: a packed folder, a ``train.py`` output folder, or a checkpoint file.
+        source: What `packing.pack` packs: a packed folder, a ``train.py`` output folder, or a checkpoint file.
         repo_id: OWNER/NAME; made where it isn't there.
         architecture: Variant, for a checkpoint file.
         labels: Names of the classes, where the source doesn't tell them.

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 
 from .hub import download
-from .weights import load_folder
+from .packing import load_folder
 
 __all__ = ["class_names", "find_images", "load_image", "load_model", "predict"]
 

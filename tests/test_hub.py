@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from convmixer_timm.convmixer import WEIGHTS_DIR
 
 from .hub_server import HubServer, Repo
-from .test_weights import make_run
+from .test_packing import make_run
 
 SOURCE = WEIGHTS_DIR / "convmixer_128_4.e10_cifar10"
 PICTURES = {"curve.png", "depthwise_kernels.png", "patch_filters.png"}

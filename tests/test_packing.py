@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from convmixer_timm.cards import Evaluation, adopt_card, make_card, merge_cards
 from convmixer_timm.convmixer import WEIGHTS_DIR
-from convmixer_timm.weights import pack_run
+from convmixer_timm.packing import pack_run
 
 SOURCE = WEIGHTS_DIR / "convmixer_128_4.e10_cifar10"
 EVALUATION = Evaluation(top1=81.25, top5=98.5, data="those")
