@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from train_step import build
+from train_step import append_rows, build, machine
 
 # What is timed. 'timm' is its class in fp32, channels first; 'optimize' is this package's one call.
 SETTINGS = ("timm", "channels-last", "inductor", "openvino", "onnxruntime", "optimize")
@@ -41,14 +41,12 @@ def runnable(setting: str, precision: str) -> bool:
 
 def prepare(args, setting: str, precision: str):
     """A function of nothing that runs the model once, and how far its outputs are from the model's in fp32."""
+    import timm
+
     from convmixer_timm.inference import BACKENDS, TOLERANCES, calibration_batches, optimize, quiet
 
     torch.manual_seed(0)
-    model = build("ours", args.model).eval().requires_grad_(False)
-    if args.model in args.pretrained:
-        import timm
-
-        model = timm.create_model(args.model, pretrained=True).eval().requires_grad_(False)
+    model = timm.create_model(args.model, pretrained=args.model in args.pretrained).eval().requires_grad_(False)
     size = (3, args.img_size, args.img_size)
     model.pretrained_cfg["input_size"] = size
     batches = list(calibration_batches(model, args.calibration)) if precision == "int8" else []
@@ -293,19 +291,15 @@ def main() -> None:
     if args.quick:
         args.columns, args.repeats, args.precisions = ["convmixer_256_8:32:16"], 5, ["fp32", "bf16"]
 
-    import timm
     from huggingface_hub.utils import tqdm
 
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
-    machine = {"cpu": f"{cpu} x{torch.get_num_threads()}", "torch": torch.__version__, "timm": timm.__version__}
+    about = machine()
     for package in ("openvino", "onnxruntime", "nncf"):
         try:
-            machine[package] = __import__(package).__version__
+            about[package] = __import__(package).__version__
         except ImportError:
-            machine[package] = ""
-    print(machine)
+            about[package] = ""
+    print(about)
     args.pretrained = [m for m in (c.split(":")[0] for c in args.columns) if "." in m]
     everything = []
     args.progress = tqdm(total=len(args.columns) * len(args.settings) * len(args.precisions), unit="row")
@@ -315,16 +309,10 @@ def main() -> None:
             args.progress.write(
                 "  ".join(f"{k}={v}" for k, v in row.items() if k not in ("infer_gmacs", "param_count"))
             )
-            everything.append({**row, **machine})
+            everything.append({**row, **about})
     args.progress.close()
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, everything[0], lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(everything)
+        append_rows(args.csv, everything)
         with args.csv.open() as file:
             everything = list(csv.DictReader(file))
     if args.plots:

@@ -158,6 +158,27 @@ def measure(args, batch_size: int) -> list[dict]:
     return rows
 
 
+def machine() -> dict[str, str]:
+    """What a result was measured on."""
+    import timm
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "") or platform.processor()
+    return {"cpu": f"{cpu} x{torch.get_num_threads()}", "torch": torch.__version__, "timm": timm.__version__}
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Appends to a CSV file, which gets its header with the first rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="convmixer_256_8")
@@ -171,25 +192,12 @@ def main() -> None:
     if args.worker:
         return work(args)
 
-    import timm
-    import torch
-
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
-    machine = {"cpu": f"{cpu or platform.processor()} x{torch.get_num_threads()}", "torch": torch.__version__}
-    machine["timm"] = timm.__version__
-    print(machine)
+    about = machine()
+    print(about)
     for batch_size in list(args.batch_size):
-        rows = [{**row, **machine} for row in measure(args, batch_size)]
+        rows = [{**row, **about} for row in measure(args, batch_size)]
         if args.csv:
-            args.csv.parent.mkdir(parents=True, exist_ok=True)
-            new = not args.csv.exists()
-            with args.csv.open("a", newline="") as file:
-                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerows(rows)
+            append_rows(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Evaluation:
     """Accuracies in percent, and on what they were measured."""
 
     top1: float
-    top5: float | None
+    top5: float
     data: str
 
 
@@ -80,10 +80,8 @@ def make_card(
     if training:
         parts.append(f"Trained for {training.epochs} epochs on {training.data}.")
     if evaluation:
-        top5 = "" if evaluation.top5 is None else f"{evaluation.top5:.2f}"
-        parts.append(
-            f"| top-1 | top-5 | measured on |\n|---|---|---|\n| {evaluation.top1:.2f} | {top5} | {evaluation.data} |"
-        )
+        row = f"| {evaluation.top1:.2f} | {evaluation.top5:.2f} | {evaluation.data} |"
+        parts.append(f"| top-1 | top-5 | measured on |\n|---|---|---|\n{row}")
     else:
         parts.append("No accuracy was measured with these weights.")
     parts.append(
@@ -139,7 +137,6 @@ def _model_index(name: str, training: Training | None, evaluation: Evaluation | 
             metric_value=value,
         )
         for metric, value in metrics.items()
-        if value is not None
     ]
     return {"model_name": name, "eval_results": results}
 

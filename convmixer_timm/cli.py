@@ -96,9 +96,10 @@ def _verify(args: argparse.Namespace) -> int:
     from .verify import verifiable, verify
 
     failed = 0
-    for name in args.names or verifiable():
+    files = verifiable()
+    for name in args.names or files:
         try:
-            verify(name)
+            verify(name, files)
             print(f"ok      {name}")
         except ValueError as error:
             failed += 1
@@ -136,11 +137,9 @@ def _publish(args: argparse.Namespace) -> int:
 def _plot(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from timm.data import create_transform, resolve_model_data_config
-
     from .convmixer import ConvMixer
     from .plots import draw_depthwise_kernels, draw_heat_map, draw_patch_filters
-    from .predict import class_names, load_image, load_model
+    from .predict import class_names, image_loader, load_model
 
     model = load_model(args.model)
     if not isinstance(model, ConvMixer):
@@ -149,11 +148,10 @@ def _plot(args: argparse.Namespace) -> int:
     draw_patch_filters(model, folder / "patch_filters.png")
     draw_depthwise_kernels(model, folder / "depthwise_kernels.png", args.layers)
     print(folder / "patch_filters.png", folder / "depthwise_kernels.png", sep="\n")
+    load = image_loader(model)
     for path in map(Path, args.image or ()):
-        config = resolve_model_data_config(model)
-        image = create_transform(**config, is_training=False)(load_image(path, channels=config["input_size"][0]))
         target = folder / f"heat_map_{path.stem}.png"
-        said = draw_heat_map(model, image, class_names(model), target)
+        said = draw_heat_map(model, load(path), class_names(model), target)
         print(f"{target}  {said}")
     return 0
 

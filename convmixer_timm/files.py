@@ -3,11 +3,12 @@
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_path", "cache_dir", "sha256"]
+__all__ = ["atomic_path", "cache_dir", "cached_sha256", "sha256"]
 
 
 def cache_dir() -> Path:
@@ -19,13 +20,22 @@ def cache_dir() -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to, which becomes `path` when the block ends well and vanishes when it fails.
 
+    It may become a file or a folder; a folder that exists is replaced as a whole.
     Several processes may do so at once: each writes its own file and the last rename wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as folder:
         temporary = Path(folder) / path.name
         yield temporary
+        if path.is_dir():
+            os.replace(path, Path(folder) / ".old")
         os.replace(temporary, path)
+
+
+def cached_sha256(path: Path) -> str | None:
+    """What the SHA-256 of a file in the Hub's cache should be: it calls a large file by that. None for other files."""
+    name = path.resolve().name
+    return name if re.fullmatch("[0-9a-f]{64}", name) else None
 
 
 def sha256(path: Path) -> str:

@@ -25,7 +25,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from . import __version__
 from .cards import merge_cards
-from .files import sha256
+from .files import cached_sha256, sha256
 from .packing import pack
 
 __all__ = ["HubError", "Publication", "download", "publish"]
@@ -315,7 +315,7 @@ def download(model_id: str, config: bool = True) -> Path:
                 f"{model_id} is a {architecture!r}, which is no architecture that timm or this package knows"
             )
     weights = get("model.safetensors")
-    expected = weights.resolve().name  # the cache calls a large file by its SHA-256
-    if re.fullmatch("[0-9a-f]{64}", expected) and sha256(weights) != expected:
+    expected = cached_sha256(weights)
+    if expected and sha256(weights) != expected:
         raise ValueError(f"{weights} is damaged: its SHA-256 is not {expected}. Delete it and try again.")
     return weights

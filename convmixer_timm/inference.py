@@ -251,16 +251,13 @@ def calibration_batches(model: Any, source: Iterable | str | Path | None) -> Ite
 
 
 def _from_folder(model: Any, folder: Path) -> Iterator[torch.Tensor]:
-    from timm.data import create_transform, resolve_model_data_config
+    from .predict import find_images, image_loader
 
-    from .predict import find_images, load_image
-
-    config = resolve_model_data_config(model)
-    transform: Any = create_transform(**config, is_training=False)
+    load = image_loader(model)
     paths = find_images([str(folder)]) if folder.is_dir() else []
     step = max(1, len(paths) // _CALIBRATION_IMAGES)  # from every class, as folders list one after the other
     for path in paths[::step]:
-        yield transform(load_image(path, channels=config["input_size"][0]))[None]
+        yield load(path)[None]
 
 
 # Engines: each makes a function from images to outputs, both fp32 tensors.

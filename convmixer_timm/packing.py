@@ -7,12 +7,8 @@ card, ``README.md``; of a run of ``train.py`` also ``args.yaml`` with every sett
 
 import csv
 import importlib.util
-import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from timm.data import create_dataset, resolve_data_config
 from .cards import Evaluation, Training, adopt_card, make_card, rename_in_card
 from .checkpoints import checkpoint_filter_fn, read_checkpoint
 from .convmixer import CIFAR10_LABELS, ConvMixer
+from .files import atomic_path
 
 __all__ = ["load_folder", "pack", "pack_checkpoint", "pack_run"]
 
@@ -72,19 +69,6 @@ def pack(
     return pack_checkpoint(source, target, load_name, architecture, labels)
 
 
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` as a whole when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary:
-        folder = Path(temporary) / target.name
-        folder.mkdir()
-        yield folder
-        if target.exists():
-            os.replace(target, Path(temporary) / "old")
-        os.replace(folder, target)
-
-
 def load_folder(folder: Path) -> nn.Module:
     """The model of a packed folder, from ``model.safetensors`` alone.
 
@@ -114,7 +98,8 @@ def _pack_folder(source: Path, target: Path, load_name: str, labels: list[str] |
     model = load_folder(source)
     if not isinstance(model, ConvMixer):
         raise ValueError(f"{source} holds a {type(model).__name__}, which is no ConvMixer")
-    with _new_folder(target) as folder:
+    with atomic_path(target) as folder:
+        folder.mkdir()
         for path in sorted(source.iterdir()):
             if path.name in FILES or path.suffix == PICTURES:
                 shutil.copy(path, folder)
@@ -143,7 +128,8 @@ def pack_checkpoint(
     model.load_state_dict(state_dict)
     if labels is None and model.num_classes == variant.num_classes:
         labels = model.pretrained_cfg.get("label_names")
-    with _new_folder(target) as folder:
+    with atomic_path(target) as folder:
+        folder.mkdir()
         _save(model, folder, labels, {})
         card = make_card(model, target.name, load_name, pictures=draw_pictures(model, folder))
         (folder / "README.md").write_text(card)
@@ -215,7 +201,8 @@ def pack_run(
         row = next((row for row in rows if int(row["epoch"]) == stored["epoch"]), {})
         if row.get("eval_top1"):
             evaluation = Evaluation(float(row["eval_top1"]), float(row["eval_top5"]), measured)
-    with _new_folder(target) as folder:
+    with atomic_path(target) as folder:
+        folder.mkdir()
         _save(model, folder, labels, model_args)
         (folder / "args.yaml").write_text(yaml.safe_dump(_portable(args)))
         shutil.copy(run / "summary.csv", folder)

@@ -16,7 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 from .hub import download
 from .packing import load_folder
 
-__all__ = ["class_names", "find_images", "load_image", "load_model", "predict"]
+__all__ = ["class_names", "find_images", "image_loader", "load_image", "load_model", "predict"]
 
 
 def find_images(patterns: Iterable[str]) -> list[Path]:
@@ -71,6 +71,13 @@ def load_image(path: Path, channels: int = 3) -> Image.Image:
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def image_loader(model: nn.Module) -> Callable[[Path], torch.Tensor]:
+    """A function that reads an image file as `model` takes it in evaluation, [in_chans, H, W]; see `load_image`."""
+    config = resolve_model_data_config(model)
+    transform: Any = create_transform(**config, is_training=False)
+    return lambda path: transform(load_image(path, channels=config["input_size"][0]))
 
 
 def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
@@ -134,8 +141,7 @@ def predict(
     Yields:
         Each path with its (class name, probability) pairs, most probable first.
     """
-    config = resolve_model_data_config(model)
-    transform = create_transform(**config, is_training=False)
+    load = image_loader(model)
     names = class_names(model)
     device = next(model.parameters()).device
 
@@ -149,7 +155,7 @@ def predict(
     batch = []
     for path in paths:
         try:
-            batch.append((path, transform(load_image(path, channels=config["input_size"][0]))))
+            batch.append((path, load(path)))
         except OSError as error:
             if on_error is None:
                 raise

@@ -1,7 +1,6 @@
 """Checks checkpoint files against what was recorded of them: their hash, their parameters, their logits."""
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from PIL import Image
 
 from .checkpoints import checkpoint_filter_fn, read_checkpoint
 from .convmixer import WEIGHTS_DIR
-from .files import sha256
+from .files import cached_sha256, sha256
 
 __all__ = ["checkpoint_file", "record", "verifiable", "verify"]
 
@@ -68,13 +67,6 @@ def _manifest() -> dict[str, dict]:
     return json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
 
 
-def _expected_hash(recorded: dict, file: Path) -> str | None:
-    if recorded:
-        return recorded["sha256"]
-    blob = file.resolve().name  # the Hub's cache names a large file by its hash
-    return blob if re.fullmatch("[0-9a-f]{64}", blob) else None
-
-
 def _logits(model) -> list[list[float]]:
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config, is_training=False)
@@ -83,23 +75,24 @@ def _logits(model) -> list[list[float]]:
         return model.eval()(batch).tolist()
 
 
-def verify(name: str) -> None:
+def verify(name: str, files: dict[str, Path] | None = None) -> None:
     """Checks one checkpoint that is on this machine.
 
     Args:
         name: A name from `verifiable`.
+        files: What that gave, so as not to look for them again.
 
     Raises:
         ValueError: If there is no such checkpoint here, or it is not what was recorded; the message tells what differs.
     """
-    files = verifiable()
+    files = verifiable() if files is None else files
     if name not in files:
         raise ValueError(f"no such checkpoint on this machine; there are: {', '.join(files)}")
     file = files[name]
     if not file.is_file():
         raise ValueError(f"{file} is missing")
     recorded = _manifest().get(name, {})
-    expected = _expected_hash(recorded, file)
+    expected = recorded["sha256"] if recorded else cached_sha256(file)
     found = sha256(file)
     if found != expected:
         raise ValueError(f"{file} has SHA-256 {found}, not {expected}: it is damaged or another file")

@@ -54,6 +54,10 @@ class Client:
         assert "Signature" not in answer["out"] + answer["err"], "a signed address was printed"
         return answer["code"], answer["out"], answer["err"]
 
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait(30)
+
     def fails(self, *args, token="hf_ann"):
         """Runs a command that has to fail, and gives the one line that says why."""
         code, _, err = self(*args, token=token)
@@ -75,8 +79,7 @@ def server(tmp_path_factory):
 def client(server, tmp_path_factory):
     client = Client(server, tmp_path_factory.mktemp("home"))
     yield client
-    client.process.stdin.close()
-    client.process.wait(30)
+    client.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -413,8 +416,7 @@ def fresh(server, tmp_path):
     """A client with an empty cache."""
     client = Client(server, tmp_path / "home")
     yield client
-    client.process.stdin.close()
-    client.process.wait(30)
+    client.stop()
 
 
 def predict(client, model):
