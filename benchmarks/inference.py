@@ -3,15 +3,17 @@
     python benchmarks/inference.py --calibration DIR --csv benchmarks/results/inference.csv --plots benchmarks/plots
     python benchmarks/inference.py --quick
 
-Every setting runs in a process of its own, so that its peak memory is its own; all are warmed up, then take turns. A
-row appears only if the outputs were those of the model in fp32, within `convmixer_timm.inference.TOLERANCES`. The peak
-is the speed of the model's own 1x1 convolution in the row's precision, measured in the same run.
+Every setting runs in a process of its own, so that its peak memory is its own; all are warmed up, then take turns, in
+another order each time. A row appears only if the outputs were those of the model in fp32, within
+`convmixer_timm.inference.TOLERANCES`. The peak is the speed of the model's own 1x1 convolution in the row's precision,
+measured in the same run.
 """
 
 import argparse
 import csv
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -40,7 +42,7 @@ def runnable(setting: str, precision: str) -> bool:
 
 
 def prepare(args, setting: str, precision: str):
-    """A function of nothing that runs the model once, and how far its outputs are from the model's in fp32."""
+    """A function of nothing that runs the model once, and what to say of it: how far its outputs are from fp32's."""
     import timm
 
     from convmixer_timm.inference import BACKENDS, TOLERANCES, calibration_batches, optimize, quiet
@@ -70,12 +72,24 @@ def prepare(args, setting: str, precision: str):
                 return model(x).float()
     elif setting == "optimize":
         run = optimize(model, images, precision=precision, calibration=batches)
-        label = f"optimize ({run.backend}{', folded' if run.folded else ''})"
+        label = f"optimize ({run.chosen})"
     else:
         with quiet():
             run = BACKENDS[setting][0](model, images, precision, False, batches)
     difference = ((run(images) - expected).abs().max() / expected.abs().max()).item()
-    return lambda: run(images), difference, difference <= TOLERANCES[precision], label
+    top1 = accuracy(args, model, run) if setting == "optimize" and args.accuracy else ""
+    answer = {"difference": difference, "matches": difference <= TOLERANCES[precision], "label": label, "top1": top1}
+    return lambda: run(images), answer
+
+
+def accuracy(args, model, run) -> float:
+    """Top-1 in percent on a folder of images in one folder a class."""
+    from timm.data import create_dataset, create_loader, resolve_model_data_config
+
+    dataset = create_dataset("", args.accuracy)
+    config = resolve_model_data_config(model)
+    loader = create_loader(dataset, batch_size=args.batch_size, use_prefetcher=False, num_workers=0, **config)
+    return 100 * sum((run(images).argmax(1) == labels).sum().item() for images, labels in loader) / len(dataset)
 
 
 def peak_flops(args, precision: str) -> float:
@@ -109,10 +123,10 @@ def work(args) -> None:
     setting, precision = args.worker
     if setting == "peak":
         return print(peak_flops(args, precision), file=answers)
-    run, difference, matches, label = prepare(args, setting, precision)
+    run, answer = prepare(args, setting, precision)
     for _ in range(2):
         run()
-    print(json.dumps({"difference": difference, "matches": matches, "label": label}), file=answers, flush=True)
+    print(json.dumps(answer), file=answers, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         run()
@@ -128,6 +142,7 @@ def measure(args, model: str, img_size: int, batch_size: int) -> list[dict]:
         command = [sys.executable, __file__, "--worker", setting, precision, "--model", model]
         command += ["--img-size", str(img_size), "--batch-size", str(batch_size), "--pretrained", *args.pretrained]
         command += ["--calibration", args.calibration] if args.calibration else []
+        command += ["--accuracy", args.accuracy] if args.accuracy and model in args.pretrained else []
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         return subprocess.Popen(command, text=True, **pipes)
 
@@ -150,12 +165,13 @@ def measure(args, model: str, img_size: int, batch_size: int) -> list[dict]:
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in workers}
     memory = {}
     for _ in range(args.repeats):
-        for key, worker in workers.items():
-            for _ in range(args.calls if batch_size == 1 else 1):
-                worker.stdin.write("\n")
-                worker.stdin.flush()
-                took, memory[key] = map(float, worker.stdout.readline().split())
-                seconds[key].append(took)
+        for key in random.sample(list(workers), len(workers)):
+            for call in range(1 + (args.calls if batch_size == 1 else 1)):
+                workers[key].stdin.write("\n")
+                workers[key].stdin.flush()
+                took, memory[key] = map(float, workers[key].stdout.readline().split())
+                if call:  # during the first, the threads of the one before may still spin, and the caches are its own
+                    seconds[key].append(took)
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
@@ -185,6 +201,7 @@ def measure(args, model: str, img_size: int, batch_size: int) -> list[dict]:
                 "share_of_peak": round(2 * macs * batch_size / median / peak[precision], 2),
                 "peak_MiB": round(memory[setting, precision]),
                 "difference": f"{said[setting, precision]['difference']:.1e}",
+                "top1": said[setting, precision]["top1"],
             }
         )
     return rows
@@ -282,6 +299,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--calls", type=int, default=10, help="calls a repeat at batch 1 (%(default)s)")
     parser.add_argument("--calibration", metavar="DIR", help="images for int8, which is left out without them")
+    parser.add_argument("--accuracy", metavar="DIR", help="labelled images: top-1 of `optimize` for bundled weights")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--plots", type=Path, help="draw the CSV's rows, or this run's, into this folder")
     parser.add_argument("--quick", action="store_true", help="one small model, in less than two minutes")

@@ -2,18 +2,19 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import platform
 import shutil
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -29,10 +30,20 @@ PRECISIONS = ("fp32", "bf16", "int8")
 # How far outputs may be from those of the model in fp32, as a share of the largest of them.
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.3}
 _CALIBRATION_IMAGES = 300
-_TIMING_SECONDS = 1.0  # for each candidate
+_TIMING_SECONDS = 0.5  # for each candidate
+_PARTS = (16, 4)
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 Batches = list[torch.Tensor]
+
+
+class _Candidate(NamedTuple):
+    backend: str
+    folded: bool
+    part: int | None  # images at a time: what a layer of fewer images writes is still in the cache for the next
+
+    def __str__(self) -> str:
+        return f"{self.backend}{', folded' * self.folded}{f', {self.part} at a time' if self.part else ''}"
 
 
 class OptimizedModel(nn.Module):
@@ -42,15 +53,19 @@ class OptimizedModel(nn.Module):
         backend: The engine that runs it.
         precision: 'fp32', 'bf16' or 'int8'.
         folded: Whether ConvMixer's norms are folded (`convmixer_timm.folding`).
+        part: How many images the engine gets at a time; None for all.
         times: Seconds for the example by candidate, where they were measured.
         pretrained_cfg: The model's, so that `timm.data.resolve_model_data_config` finds its preprocessing.
     """
 
-    def __init__(self, run: Run, model: Any, size: tuple[int, ...], fixed: int | None, choice: dict[str, Any]):
+    def __init__(
+        self, run: Run, model: Any, precision: str, size: tuple[int, ...], fixed: int | None, choice: dict[str, Any]
+    ):
         super().__init__()
         self._run, self._size, self._fixed = run, size, fixed
-        self.backend, self.folded, self.precision = choice["backend"], choice["folded"], choice["precision"]
-        self.times: dict[str, float] = choice.get("times", {})
+        self.precision = precision
+        self.backend, self.folded, self.part = self.chosen = _Candidate(*choice["chosen"])
+        self.times: dict[str, float] = choice["times"]
         self.pretrained_cfg = getattr(model, "pretrained_cfg", {})
         self.num_classes = getattr(model, "num_classes", None)
 
@@ -62,7 +77,7 @@ class OptimizedModel(nn.Module):
         return self._run(x.float())
 
     def extra_repr(self) -> str:
-        return f"{self.backend}, {self.precision}{', folded' if self.folded else ''}"
+        return f"{self.chosen}, {self.precision}"
 
 
 def unavailable(backend: str, precision: str = "fp32") -> str | None:
@@ -130,41 +145,46 @@ def optimize(
     # Quantisation has one scale a tensor, which the folded channels' different scales would spoil.
     folded = None if precision == "int8" else fold_norms(model)
     networks: dict[bool, nn.Module] = {False: plain, **({True: folded} if folded is not None else {})}
-    candidates = [(name, fold) for name in usable for fold in networks]
-    size, fixed = tuple(example_input.shape[1:]), len(example_input) if fixed_batch else None
+    count = len(example_input)
+    parts = [part for part in _PARTS if part < count and not (fixed_batch and count % part)]
+    candidates = [_Candidate(*c) for c in itertools.product(usable, networks, [None, *parts])]
 
-    def build(name: str, fold: bool) -> Run:
+    @functools.cache
+    def engine(name: str, fold: bool, part: int | None) -> Run:
         with quiet():
-            return BACKENDS[name][0](networks[fold], example_input, precision, fixed_batch, batches)
+            return BACKENDS[name][0](networks[fold], example_input[:part], precision, fixed_batch, batches)
 
+    def build(candidate: _Candidate) -> Run:
+        name, fold, part = candidate
+        run = engine(name, fold, part if fixed_batch else None)
+        whole = run if part is None else lambda x: torch.cat([run(images) for images in x.split(part)])
+        _check(whole, plain, example_input, precision)
+        return whole
+
+    result = functools.partial(
+        OptimizedModel, model=model, precision=precision, size=tuple(example_input.shape[1:]), fixed=count * fixed_batch
+    )
     key = _key(model, example_input, names, precision, fixed_batch)
     known = _remembered(key)
-    if known and (known["backend"], known["folded"]) in candidates:
-        run = build(known["backend"], known["folded"])
-        _check(run, plain, example_input, precision)
-        return OptimizedModel(run, model, size, fixed, known)
+    if known and _Candidate(*known["chosen"]) in candidates:
+        return result(build(_Candidate(*known["chosen"])), choice=known)
 
-    runs: dict[tuple[str, bool], Run] = {}
-    for name, fold in candidates:
+    runs: dict[_Candidate, Run] = {}
+    failure = None
+    for candidate in candidates:
         try:
-            run = build(name, fold)
-            _check(run, plain, example_input, precision)
-            runs[name, fold] = run
+            runs[candidate] = build(candidate)
         except Exception as error:
-            if len(usable) == 1 and not runs and (name, fold) == candidates[-1]:
-                raise
-            _logger.warning("%s%s left out: %s", name, " folded" * fold, " ".join(str(error).split()))
+            failure = error
+            _logger.warning("%s left out: %s", candidate, " ".join(str(error).split()))
+    if not runs:
+        raise RuntimeError(f"{', '.join(usable)} can't run this model: {failure}") from failure
     times = _times(runs, example_input)
     best = min(runs, key=times.__getitem__)
-    choice = {
-        "backend": best[0],
-        "folded": best[1],
-        "precision": precision,
-        "times": {f"{name}{' folded' * fold}": seconds for (name, fold), seconds in times.items()},
-    }
-    _logger.info("%s runs by %s%s (%s)", type(model).__name__, best[0], " folded" * best[1], choice["times"])
+    choice = {"chosen": best, "times": {str(candidate): seconds for candidate, seconds in times.items()}}
+    _logger.info("%s runs by %s (%s)", type(model).__name__, best, choice["times"])
     _remember(key, choice)
-    return OptimizedModel(runs[best], model, size, fixed, choice)
+    return result(runs[best], choice=choice)
 
 
 @contextlib.contextmanager
@@ -183,20 +203,20 @@ def _check(run: Run, model: nn.Module, x: torch.Tensor, precision: str) -> None:
         raise RuntimeError(f"the outputs differ by {difference:.2g} of the largest, more than {TOLERANCES[precision]}")
 
 
-def _times(runs: dict[tuple[str, bool], Run], x: torch.Tensor) -> dict[tuple[str, bool], float]:
-    """Median seconds of each candidate; they take turns, so that a change of the machine's speed meets all."""
+def _times(runs: dict[_Candidate, Run], x: torch.Tensor) -> dict[_Candidate, float]:
+    """Least seconds of each candidate (other work only adds to it); they take turns, as the machine's speed changes."""
     if len(runs) == 1:
         return dict.fromkeys(runs, float("nan"))
     for run in runs.values():
         run(x)
-    taken: dict[tuple[str, bool], list[float]] = {key: [] for key in runs}
+    taken: dict[_Candidate, list[float]] = {key: [] for key in runs}
     end = time.perf_counter() + _TIMING_SECONDS * len(runs)
     while len(next(iter(taken.values()))) < 3 or time.perf_counter() < end:
         for key, run in runs.items():
             start = time.perf_counter()
             run(x)
             taken[key].append(time.perf_counter() - start)
-    return {key: statistics.median(seconds) for key, seconds in taken.items()}
+    return {key: min(seconds) for key, seconds in taken.items()}
 
 
 def _key(model: nn.Module, x: torch.Tensor, names: list[str], precision: str, fixed_batch: bool) -> str:
@@ -206,7 +226,7 @@ def _key(model: nn.Module, x: torch.Tensor, names: list[str], precision: str, fi
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     installed = [n for n in ("torch", "openvino", "onnxruntime", "nncf") if importlib.util.find_spec(n)]
     machine = (platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
-    parts = (type(model).__name__, shapes, tuple(x.shape), names, precision, fixed_batch, machine)
+    parts = (type(model).__name__, shapes, tuple(x.shape), names, precision, fixed_batch, machine, _PARTS)
     return hashlib.sha256(repr((parts, [version(n) for n in installed])).encode()).hexdigest()[:16]
 
 

@@ -120,6 +120,7 @@ def test_auto_times_remembers_and_tells(model, images, choices, monkeypatch, cap
         fast = optimize(model, images[:4])
     assert fast.backend in inference.BACKENDS
     assert len(fast.times) == 4 - 2 * (unavailable("onnxruntime") is not None)
+    assert f"{fast.chosen}" in fast.times
     assert f"runs by {fast.backend}" in caplog.text
     assert fast.backend in repr(fast)
     assert timm.data.resolve_model_data_config(fast)["input_size"] == (3, 32, 32)
@@ -140,6 +141,34 @@ def test_fixed_batch_other_models_and_training_mode(images):
         torch.testing.assert_close(fast(images[:4]), model.eval()(images[:4]), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="made for images of 4x3x32x32"):
         fast(images[:5])
+
+
+@needs_openvino
+@pytest.mark.parametrize("fixed_batch", [False, True])
+def test_a_batch_in_parts(fixed_batch, model, images, monkeypatch):
+    sizes = []
+
+    def engine(network, example, precision, fixed, batches):
+        def run(x):
+            assert not fixed or len(x) == len(example)
+            sizes.append(len(x))
+            return network(x)
+
+        return run
+
+    monkeypatch.setattr(inference, "BACKENDS", {"openvino": (engine, ("fp32",))})
+    monkeypatch.setattr(inference, "_times", lambda runs, x: {key: key.part != 4 for key in runs})
+    fast = optimize(model, images[:20], fixed_batch=fixed_batch)
+    assert fast.part == 4
+    assert "4 at a time" in repr(fast)
+    sizes.clear()
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(images[:20]), model(images[:20]), rtol=1e-4, atol=1e-5)
+    assert sizes == [4] * 5
+    if not fixed_batch:
+        sizes.clear()
+        assert fast(images[:7]).shape == (7, 10)
+        assert sizes == [4, 3]
 
 
 def test_what_cannot_be_done_is_said(model, images, tmp_path, monkeypatch):
