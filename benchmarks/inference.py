@@ -45,6 +45,7 @@ def prepare(args, setting: str, precision: str):
     """A function of nothing that runs the model once, and what to say of it: how far its outputs are from fp32's."""
     import timm
 
+    from convmixer_timm import inference
     from convmixer_timm.inference import BACKENDS, TOLERANCES, calibration_batches, optimize, quiet
 
     torch.manual_seed(0)
@@ -71,6 +72,7 @@ def prepare(args, setting: str, precision: str):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 return model(x).float()
     elif setting == "optimize":
+        inference._remembered = lambda key: None  # what is measured includes the choice
         run = optimize(model, images, precision=precision, calibration=batches)
         label = f"optimize ({run.chosen})"
     else:
@@ -147,21 +149,16 @@ def measure(args, model: str, img_size: int, batch_size: int) -> list[dict]:
         return subprocess.Popen(command, text=True, **pipes)
 
     workers, said = {}, {}
-    for precision in args.precisions:
-        for setting in args.settings:
-            if not runnable(setting, precision) or (precision == "int8" and not args.calibration):
-                continue
-            worker = start(setting, precision)
-            line = worker.stdout.readline()
-            answer = json.loads(line) if line else {"matches": False, "difference": float("nan")}
-            args.progress.update()
-            if answer["matches"]:
-                workers[setting, precision], said[setting, precision] = worker, answer
-            else:
-                args.progress.write(
-                    f"left out: {model} {setting} {precision}: outputs differ by {answer['difference']}"
-                )
-                worker.kill()
+    for setting, precision in args.kinds:
+        worker = start(setting, precision)
+        line = worker.stdout.readline()
+        answer = json.loads(line) if line else {"matches": False, "difference": float("nan")}
+        args.progress.update()
+        if answer["matches"]:
+            workers[setting, precision], said[setting, precision] = worker, answer
+        else:
+            args.progress.write(f"left out: {model} {setting} {precision}: outputs differ by {answer['difference']}")
+            worker.kill()
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in workers}
     memory = {}
     for _ in range(args.repeats):
@@ -209,11 +206,10 @@ def measure(args, model: str, img_size: int, batch_size: int) -> list[dict]:
 
 def draw(rows: list[dict], folder: Path) -> None:
     """Throughput and share of the peak by engine; growth with batch and image size; accuracy against throughput."""
-    from huggingface_hub import ModelCard
     from matplotlib.figure import Figure
 
-    from convmixer_timm.convmixer import WEIGHTS_DIR
     from convmixer_timm.files import atomic_path
+    from convmixer_timm.inference import BACKENDS
 
     colors = {"fp32": "tab:blue", "bf16": "tab:orange", "int8": "tab:green"}
 
@@ -221,29 +217,22 @@ def draw(rows: list[dict], folder: Path) -> None:
         with atomic_path(folder / name) as temporary:
             figure.savefig(temporary, dpi=120)
 
-    def settings(row):
-        return row["model"], int(row["infer_img_size"]), int(row["infer_batch_size"])
-
-    # For each model, the batch that was measured with most engines.
-    groups = {key: [row for row in rows if settings(row) == key] for key in dict.fromkeys(map(settings, rows))}
-    chosen = {}
-    for key, members in groups.items():
-        if len(members) > len(chosen.get(key[0], (None, []))[1]) or (
-            key[0] in chosen and key[2] > chosen[key[0]][0][2]
-        ):
-            chosen[key[0]] = key, members
+    # Engines are compared where they were measured, which growth and accuracy need not be.
+    groups: dict[tuple, list] = {}
+    for row in rows:
+        groups.setdefault((row["model"], int(row["infer_img_size"]), int(row["infer_batch_size"])), []).append(row)
+    chosen = {key: members for key, members in groups.items() if any(r["backend"] in BACKENDS for r in members)}
     for column, name, label in (
         ("infer_samples_per_sec", "throughput.png", "images/s"),
         ("share_of_peak", "share_of_peak.png", "share of the 1x1 convolution's measured speed"),
     ):
-        figure = Figure(figsize=(5 * len(chosen), 4.5), layout="constrained")
-        for axes, (key, members) in zip(
-            figure.subplots(1, len(chosen), squeeze=False)[0], chosen.values(), strict=True
-        ):
+        figure = Figure(figsize=(6 * max(1, len(chosen)), 4.5), layout="constrained")
+        panels = figure.subplots(1, max(1, len(chosen)), squeeze=False)[0]
+        for axes, (key, members) in zip(panels, chosen.items(), strict=False):
             names = [f"{row['backend']}, {row['precision']}" for row in members]
             axes.barh(names, [float(row[column]) for row in members], color=[colors[r["precision"]] for r in members])
             axes.invert_yaxis()
-            axes.set(title=f"{key[0]}, {key[1]} pixels, batch {key[2]}", xlabel=label)
+            axes.set(title=f"{key[0]}\n{key[1]} pixels, batch {key[2]}", xlabel=label)
             axes.tick_params(labelsize="small")
         save(figure, name)
 
@@ -263,25 +252,38 @@ def draw(rows: list[dict], folder: Path) -> None:
             if len(members) > 2:
                 members.sort(key=lambda row: int(row[x]))
                 values = [float(row["infer_samples_per_sec"]) for row in members]
-                axes.plot([int(row[x]) for row in members], values, "o-", label=f"{model}, {backend}, {precision}")
-        axes.set(xscale="log", yscale="log", xlabel=x.replace("infer_", "").replace("_", " "), ylabel="images/s")
-        if axes.lines:
-            axes.legend(fontsize="x-small")
+                sizes = [int(row[x]) for row in members]
+                axes.plot(sizes, values, "o-", label=f"{model}, {backend}, {precision}")
+                if x == "infer_img_size":
+                    linear = [values[-1] * (sizes[-1] / size) ** 2 for size in sizes]
+                    axes.plot(sizes, linear, ":", color="gray", label="_")
+        axes.set(xlabel=x.replace("infer_", "").replace("_", " "), ylabel="images/s")
+        if axes.lines:  # a logarithm of nothing is an error
+            axes.set(xscale="log", yscale="log")
+            axes.set_xticks(sorted({size for line in axes.lines for size in line.get_xdata()}))
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.minorticks_off()
+            axes.legend(fontsize="x-small", title="dotted: the same cost for each pixel" if "img" in x else None)
     save(figure, "growth.png")
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, (_, members) in chosen.items():
-        card = WEIGHTS_DIR / name / "README.md"
-        if card.exists():
-            results = ModelCard.load(card).data.eval_results
-            top1 = next(r.metric_value for r in results if r.metric_name == "Top 1 Accuracy")
-            fast = max(members, key=lambda row: float(row["infer_samples_per_sec"]))
-            axes.scatter(float(fast["infer_samples_per_sec"]), top1)
-            axes.annotate(
-                f"{name}\n{fast['backend']}, {fast['precision']}", (float(fast["infer_samples_per_sec"]), top1)
-            )
-    axes.set(xscale="log", xlabel="images/s, fastest row", ylabel="top-1 in %")
+    measured: dict[str, list] = {}
+    for row in rows:
+        if row["top1"]:
+            measured.setdefault(row["model"], []).append(row)
+    for model, members in measured.items():
+        values = [[float(row[key]) for row in members] for key in ("infer_samples_per_sec", "top1")]
+        axes.plot(*values, "-", color="lightgray", zorder=0)
+        axes.scatter(*values, color=[colors[row["precision"]] for row in members])
+        axes.annotate(model, (values[0][-1], values[1][-1]), (0, 8), textcoords="offset points", ha="right")
+    for precision, color in colors.items():
+        axes.scatter([], [], color=color, label=precision)
+    axes.set(xlabel="images/s by optimize", ylabel="top-1 in %")
+    if measured:  # here too
+        axes.set_xscale("log")
+    axes.legend()
+    axes.margins(y=0.2)
     save(figure, "accuracy.png")
 
 
@@ -293,7 +295,7 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--pretrained", nargs="*", default=[], help=argparse.SUPPRESS)
     columns = ["convmixer_256_8:32:64", "convmixer_768_32:224:4", "convmixer_1536_20:224:2"]
-    parser.add_argument("--columns", nargs="+", default=columns, metavar="MODEL:PIXELS:BATCH", help="(%(default)s)")
+    parser.add_argument("--columns", nargs="*", default=columns, metavar="MODEL:PIXELS:BATCH", help="(%(default)s)")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, metavar="SETTING")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, metavar="PRECISION")
     parser.add_argument("--repeats", type=int, default=10)
@@ -307,7 +309,7 @@ def main() -> None:
     if args.worker:
         return work(args)
     if args.quick:
-        args.columns, args.repeats, args.precisions = ["convmixer_256_8:32:16"], 5, ["fp32", "bf16"]
+        args.columns, args.repeats, args.precisions = ["convmixer_128_4:32:4"], 5, ["fp32"]
 
     from huggingface_hub.utils import tqdm
 
@@ -319,18 +321,27 @@ def main() -> None:
             about[package] = ""
     print(about)
     args.pretrained = [m for m in (c.split(":")[0] for c in args.columns) if "." in m]
-    everything = []
-    args.progress = tqdm(total=len(args.columns) * len(args.settings) * len(args.precisions), unit="row")
+    args.kinds = [
+        (setting, precision)
+        for precision in args.precisions
+        for setting in args.settings
+        if runnable(setting, precision) and (precision != "int8" or args.calibration)
+    ]
+    everything: list[dict] = []
+    args.progress = tqdm(total=len(args.columns) * len(args.kinds), unit="row")
     for column in args.columns:
         model, img_size, batch_size = column.split(":")
-        for row in measure(args, model, int(img_size), int(batch_size)):
+        rows = measure(args, model, int(img_size), int(batch_size))
+        for row in rows:
             args.progress.write(
                 "  ".join(f"{k}={v}" for k, v in row.items() if k not in ("infer_gmacs", "param_count"))
             )
-            everything.append({**row, **about})
+        rows = [{**row, **about} for row in rows]
+        everything += rows
+        if args.csv:
+            append_rows(args.csv, rows)
     args.progress.close()
     if args.csv:
-        append_rows(args.csv, everything)
         with args.csv.open() as file:
             everything = list(csv.DictReader(file))
     if args.plots:

@@ -171,10 +171,14 @@ def machine() -> dict[str, str]:
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Appends to a CSV file, which gets its header with the first rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a+", newline="") as file:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        if header not in (None, list(rows[0])):
+            raise SystemExit(f"{path} has other columns than these rows: name another file")
+        file.seek(0, 2)
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if new:
+        if header is None:
             writer.writeheader()
         writer.writerows(rows)
 
