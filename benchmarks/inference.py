@@ -152,12 +152,13 @@ def measure(args, model: str, img_size: int, batch_size: int) -> list[dict]:
     for setting, precision in args.kinds:
         worker = start(setting, precision)
         line = worker.stdout.readline()
-        answer = json.loads(line) if line else {"matches": False, "difference": float("nan")}
+        answer = json.loads(line) if line else {"matches": False}
         args.progress.update()
         if answer["matches"]:
             workers[setting, precision], said[setting, precision] = worker, answer
         else:
-            args.progress.write(f"left out: {model} {setting} {precision}: outputs differ by {answer['difference']}")
+            why = f"outputs differ by {answer['difference']}" if line else "its process ended, of memory perhaps"
+            args.progress.write(f"left out: {model} {setting} {precision}: {why}")
             worker.kill()
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in workers}
     memory = {}
