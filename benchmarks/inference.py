@@ -52,11 +52,11 @@ def prepare(args, setting: str, precision: str):
     model = timm.create_model(args.model, pretrained=args.model in args.pretrained).eval().requires_grad_(False)
     size = (3, args.img_size, args.img_size)
     model.pretrained_cfg["input_size"] = size
-    batches = list(calibration_batches(model, args.calibration)) if precision == "int8" else []
     images = torch.randn(args.batch_size, *size)
-    if args.calibration:
-        real = torch.cat(list(calibration_batches(model, args.calibration)))
-        images = real[torch.arange(args.batch_size) % len(real)]
+    real = list(calibration_batches(model, args.calibration)) if args.calibration else []
+    if real:
+        images = torch.cat(real)[torch.arange(args.batch_size) % sum(map(len, real))]
+    batches = real if precision == "int8" else []
     with torch.inference_mode():
         expected = model(images)
     label = setting

@@ -7,11 +7,11 @@ from pathlib import Path
 import timm
 import torch
 from huggingface_hub import CacheNotFound, scan_cache_dir, try_to_load_from_cache
-from PIL import Image
 
 from .checkpoints import checkpoint_filter_fn, read_checkpoint
 from .convmixer import WEIGHTS_DIR
 from .files import cached_sha256, sha256
+from .predict import image_loader
 
 __all__ = ["checkpoint_file", "record", "verifiable", "verify"]
 
@@ -68,9 +68,8 @@ def _manifest() -> dict[str, dict]:
 
 
 def _logits(model) -> list[list[float]]:
-    config = timm.data.resolve_model_data_config(model)
-    transform = timm.data.create_transform(**config, is_training=False)
-    batch = torch.stack([transform(Image.open(path).convert("RGB")) for path in sorted(IMAGES.glob("*.png"))])
+    load = image_loader(model)
+    batch = torch.stack([load(path) for path in sorted(IMAGES.glob("*.png"))])
     with torch.inference_mode():
         return model.eval()(batch).tolist()
 
