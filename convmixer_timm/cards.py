@@ -41,6 +41,7 @@ class Training:
         data: What it was trained on, in words.
         dataset: The same as the Hub names a dataset.
         cost: Hours and machine, or nothing.
+        start: Name of the weights that it started from, or nothing.
     """
 
     args: dict[str, Any]
@@ -49,6 +50,7 @@ class Training:
     data: str
     dataset: str
     cost: str = ""
+    start: str = ""
 
 
 def make_card(
@@ -78,7 +80,8 @@ def make_card(
     )
     parts = [f"# {name}", facts]
     if training:
-        parts.append(f"Trained for {training.epochs} epochs on {training.data}.")
+        start = f", from the weights of `{training.start}`" if training.start else ""
+        parts.append(f"Trained for {training.epochs} epochs on {training.data}{start}.")
     if evaluation:
         row = f"| {evaluation.top1:.2f} | {evaluation.top5:.2f} | {evaluation.data} |"
         parts.append(f"| top-1 | top-5 | measured on |\n|---|---|---|\n{row}")

@@ -213,6 +213,7 @@ def pack_run(
             data=train_data or dataset,
             dataset="cifar10" if labels == list(CIFAR10_LABELS) else dataset,
             cost=cost,
+            start=args["model"] if args["pretrained"] else Path(args["initial_checkpoint"] or "").name,
         )
         card = make_card(
             model, target.name, load_name or target.name, training, evaluation, draw_pictures(model, folder)

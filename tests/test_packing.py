@@ -70,6 +70,7 @@ def test_packed_run_loads_and_has_its_card(run, tmp_path):
     assert "import convmixer_timm" in card.text
     assert "| 81.25 | 98.50 | those |" in card.text
     assert "2.0 hours on one core" in card.text
+    assert "from the weights of" not in card.text
     assert model.pretrained_cfg["label_names"] == [*"abcdefghij"]
 
 
@@ -86,6 +87,19 @@ def test_averaged_weights_and_the_best_epoch(run, tmp_path):
         pack_run(run, tmp_path / name, checkpoint="last.pth.tar", ema=ema)
         assert torch.equal(load_file(tmp_path / name / "model.safetensors")["head.bias"], bias["head.bias"])
         assert ("averaged (EMA)" in (tmp_path / name / "README.md").read_text()) == (name == "ema")
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"model": "convmixer_128_4.e10_cifar10", "pretrained": True}, "convmixer_128_4.e10_cifar10"),
+        ({"initial_checkpoint": "somewhere/mine.safetensors"}, "mine.safetensors"),
+    ],
+)
+def test_card_says_what_the_run_started_from(tmp_path, changes, start):
+    run = make_run(tmp_path / "run", **changes)
+    pack_run(run, tmp_path / "convmixer_128_4.tuned", labels=[*"abcdefghij"])
+    assert f", from the weights of `{start}`." in (tmp_path / "convmixer_128_4.tuned" / "README.md").read_text()
 
 
 def test_preprocessing_and_channels_travel(tmp_path):
