@@ -97,6 +97,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
             x_grad = _input_grad(x, weight, grad, ctx.has_bias)
         if for_weight:
             weight_grad, bias_grad = depthwise_weight_grad(x, grad, weight.shape[-1])
+            weight_grad = torch.empty_like(weight).copy_(weight_grad)  # in its strides, which DDP's buckets expect
         elif for_bias:
             bias_grad = grad.sum((0, 2, 3))
         return x_grad, weight_grad, bias_grad if for_bias else None

@@ -91,6 +91,15 @@ def test_any_layout(way, layout):
     assert relative(conv.weight.grad, want[1]) < 1e-5
 
 
+def test_the_weight_gradient_has_the_strides_of_the_weight(way):
+    conv = DepthwiseConv2d(32, 5).to(memory_format=torch.channels_last)
+    x, grad = torch.randn(2, 4, 32, 8, 8)
+    received = []
+    conv.weight.register_hook(lambda weight_grad: received.append(weight_grad.stride()))
+    conv(x).backward(grad)
+    assert received == [conv.weight.stride()]
+
+
 def test_channels_that_fill_no_register(way):
     conv = DepthwiseConv2d(13, 3)
     x, grad = torch.randn(2, 4, 13, 8, 8)
