@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from . import native
 
-__all__ = ["act_norm", "can_fuse", "conv_act_norm", "has_hooks"]
+__all__ = ["act_norm", "can_fuse", "conv_act_norm", "has_hooks", "move_running_stats"]
 
 
 class _ActNorm(torch.autograd.Function):
@@ -76,15 +76,10 @@ def can_fuse(x: torch.Tensor, act: nn.Module, norm: nn.Module) -> bool:
     """Whether `act_norm` may stand for ``norm(act(x))`` here: bf16 in channels-last on a CPU, exact GELU or ReLU, then
     a BatchNorm2d in training that nobody hooks into, outside of any tracing or compiling."""
     return (
-        native.enabled()
-        and not torch.compiler.is_compiling()
-        and isinstance(x, torch.Tensor)  # not an FX proxy
-        and not torch.jit.is_tracing()
-        and x.device.type == "cpu"
+        native.trains_here(x)
         and x.dtype == torch.bfloat16
         and x.shape[1] % native.CHANNELS == 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and torch.is_grad_enabled()
         and type(norm) is nn.BatchNorm2d
         and norm.training
         and norm.affine
@@ -94,7 +89,6 @@ def can_fuse(x: torch.Tensor, act: nn.Module, norm: nn.Module) -> bool:
         and x.numel() > x.shape[1]  # BatchNorm refuses a single value a channel, in its own words
         and not has_hooks(act)
         and not has_hooks(norm)
-        and not native.transformed()
         and native.library() is not None
     )
 
@@ -118,14 +112,18 @@ def act_norm(
     y, mean, var = _ActNorm.apply(
         x, shortcut, norm.weight.float(), norm.bias.float(), isinstance(act, nn.GELU), norm.eps
     )
-    with torch.no_grad():
-        assert norm.momentum is not None and norm.running_mean is not None  # `can_fuse`
-        assert norm.running_var is not None and norm.num_batches_tracked is not None
-        count = x.numel() // x.shape[1]
-        norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+    move_running_stats(norm, mean, var, x.numel() // x.shape[1])
     return y
+
+
+@torch.no_grad()
+def move_running_stats(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+    """Move `norm`'s running statistics by a batch's mean and biased variance, each [C] over `count` values."""
+    assert norm.momentum is not None and norm.running_mean is not None  # `can_fuse`
+    assert norm.running_var is not None and norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
 
 
 def conv_act_norm(

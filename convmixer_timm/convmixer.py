@@ -20,6 +20,8 @@ from timm.models._features import feature_take_indices
 from .act_norm import conv_act_norm, has_hooks
 from .checkpoints import checkpoint_filter_fn
 from .depthwise import DepthwiseConv2d
+from .pooling import average_pool, can_pool
+from .spatial_mixing import can_mix, mix_space
 
 __all__ = ["ConvMixer"]
 
@@ -36,7 +38,10 @@ class ConvActNorm(nn.Sequential):
                 x = module(x)
             return x if shortcut is None else x + shortcut
         else:
-            return conv_act_norm(x, self[0], self[1], self[2], shortcut)
+            conv, act, norm = self
+            if (shortcut is None or shortcut is x) and can_mix(x, conv, act, norm):
+                return mix_space(x, conv, act, norm, residual=shortcut is not None)
+            return conv_act_norm(x, conv, act, norm, shortcut)
 
 
 class Residual(nn.Module):
@@ -286,7 +291,10 @@ class ConvMixer(nn.Module):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features [N, dim, H / p, W / p] to logits, or with `pre_logits` to what the classifier would get."""
-        x = self.global_pool(x)
+        if torch.jit.is_scripting():
+            x = self.global_pool(x)
+        else:
+            x = average_pool(x) if can_pool(x, self.global_pool) else self.global_pool(x)
         x = self.head_drop(x)
         if pre_logits or self.num_classes == 0:
             return x

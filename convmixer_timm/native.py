@@ -19,13 +19,16 @@ import torch
 
 from .files import atomic_path, cache_dir
 
-__all__ = ["CHANNELS", "enabled", "library", "pointers", "set_fast_training", "transformed"]
+__all__ = ["CHANNELS", "enabled", "library", "pointers", "set_fast_training", "trains_here", "transformed"]
 
 CHANNELS = 16  # the kernels take multiples of so many channels
 
 _logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -shared -fPIC".split()
+# Predictive commoning keeps what it has loaded in registers that the sums need: twice the time at kernel size 5 or 9.
+_FLAGS = (
+    "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-predictive-commoning -fopenmp -shared -fPIC"
+).split()
 _enabled = os.environ.get("CONVMIXER_TIMM_FAST", "1") != "0"
 
 
@@ -44,6 +47,19 @@ def transformed() -> bool:
     """Whether torch.func (vmap, jvp, …) transforms what runs: it can't look into these kernels."""
     # torch has no public way to ask; torch.autograd.Function itself asks so.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def trains_here(x: torch.Tensor) -> bool:
+    """Whether code that runs now, rather than is traced, compiled or transformed, trains on a CPU with `x`."""
+    return (
+        enabled()
+        and not torch.compiler.is_compiling()
+        and isinstance(x, torch.Tensor)  # not an FX proxy
+        and not torch.jit.is_tracing()
+        and x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and not transformed()
+    )
 
 
 def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:

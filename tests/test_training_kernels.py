@@ -5,15 +5,19 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from convmixer_timm import ConvMixer, act_norm, depthwise, native, set_fast_training
+from convmixer_timm import ConvMixer, act_norm, convmixer, depthwise, native, set_fast_training, spatial_mixing
 from convmixer_timm.depthwise import DepthwiseConv2d, depthwise_conv2d
+from convmixer_timm.pooling import average_pool, can_pool
 
 # The first is the compiled kernel, the second what runs on machines without a compiler.
 WAYS = ["compiled", "folded"]
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler with OpenMP on this machine")
 
 
 @pytest.fixture(params=WAYS)
@@ -128,6 +132,8 @@ def test_no_work_for_gradients_that_nobody_needs(monkeypatch):
 def test_one_switch_turns_it_off(monkeypatch):
     monkeypatch.setattr(depthwise, "depthwise_weight_grad", lambda *args: pytest.fail("the fast kernel ran"))
     monkeypatch.setattr(act_norm, "act_norm", lambda *args: pytest.fail("the fast kernel ran"))
+    for name in ("mix_space", "average_pool"):
+        monkeypatch.setattr(convmixer, name, lambda *args, **kwargs: pytest.fail("the fast kernel ran"))
     model = ConvMixer(32, 2, 5, 2, num_classes=10).to(memory_format=torch.channels_last)
     try:
         set_fast_training(False)
@@ -177,7 +183,7 @@ def run_act_norm(fn, dtype, act, with_shortcut, x, shortcut, grad):
     return [*out, shortcut.grad] if with_shortcut else out
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C++ compiler with OpenMP on this machine")
+@needs_compiler
 @pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU()], ids=["gelu", "relu"])
 @pytest.mark.parametrize("with_shortcut", [False, True])
 @pytest.mark.parametrize("shape", [(2, 32, 1, 1), (3, 32, 7, 5), (16, 32, 16, 16)])
@@ -194,7 +200,7 @@ def test_act_norm_is_no_further_from_fp64_than_pytorchs(act, with_shortcut, shap
         assert relative(got, want) <= 1.05 * relative(pytorchs, want) + 1e-6
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C++ compiler with OpenMP on this machine")
+@needs_compiler
 def test_gelu_over_its_whole_range():
     # Two rows, +v and -v a channel pair, so that batch-norm's affine map can be undone exactly enough.
     v = torch.linspace(-12, 12, 4096 * 32).reshape(4096, 32, 1, 1).bfloat16().to(memory_format=torch.channels_last)
@@ -205,7 +211,7 @@ def test_gelu_over_its_whole_range():
     assert (y - want).abs().max() < 2**-8 * want.abs().max()
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C++ compiler with OpenMP on this machine")
+@needs_compiler
 def test_nan_and_infinity_are_not_hidden():
     for bad in (float("nan"), float("inf")):
         x = torch.randn(4, 32, 4, 4).bfloat16().to(memory_format=torch.channels_last)
@@ -232,6 +238,135 @@ def test_nan_and_infinity_are_not_hidden():
 def test_everything_else_is_left_to_pytorch(change):
     x = torch.randn(2, 32, 4, 4).bfloat16().to(memory_format=torch.channels_last)
     assert not act_norm.can_fuse(*change(x, nn.GELU(), nn.BatchNorm2d(32)))
+
+
+# ---- spatial mixing ----
+
+
+def mixing_layers(kernel_size=5, dtype=torch.float32):
+    torch.manual_seed(1)
+    conv, norm = DepthwiseConv2d(32, kernel_size), nn.BatchNorm2d(32)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    return conv.to(dtype), norm.to(dtype)
+
+
+def images(*shape, count=1):
+    torch.manual_seed(0)
+    return [t.bfloat16().to(memory_format=torch.channels_last) for t in torch.randn(count, *shape)]
+
+
+def plain_mixing(x, conv, act, norm, residual):
+    y = norm(act(F.conv2d(x, conv.weight, conv.bias, padding="same", groups=32)))
+    return y + x if residual else y
+
+
+def run_mixing(fn, dtype, kernel_size, act, residual, x, grad):
+    conv, norm = mixing_layers(kernel_size, dtype)
+    x = x.to(dtype if dtype == torch.float64 else x.dtype).detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float64):
+        y = fn(x, conv, act, norm, residual)
+    y.backward(grad.to(y.dtype))
+    grads = [x.grad, conv.weight.grad, conv.bias.grad, norm.weight.grad, norm.bias.grad]
+    return [y, *grads, norm.running_mean, norm.running_var]
+
+
+@needs_compiler
+@pytest.mark.parametrize("kernel_size", [2, 3, 4, 5, 7, 8, 9, 10, 17])
+@pytest.mark.parametrize("shape", [(1, 32, 7, 11), (8, 32, 16, 16)])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU()], ids=["gelu", "relu"])
+def test_mixing_is_no_further_from_fp64_than_pytorchs(kernel_size, shape, residual, act):
+    x, grad = images(*shape, count=2)
+    args = (kernel_size, act, residual, x, grad)
+    exact = run_mixing(plain_mixing, torch.float64, *args)
+    theirs = run_mixing(plain_mixing, torch.float32, *args)
+    ours = run_mixing(spatial_mixing.mix_space, torch.float32, *args)
+    for got, want, pytorchs in zip(ours, exact, theirs, strict=True):
+        assert relative(got, want) <= 1.05 * relative(pytorchs, want) + 1e-6
+
+
+@needs_compiler
+def test_mixing_gives_the_gradients_that_are_asked_for():
+    (x,) = images(4, 32, 8, 8)
+    conv, norm = mixing_layers()
+    conv.bfloat16()
+    for asked in ([x.requires_grad_()], [conv.weight], [conv.bias], [x, conv.weight, norm.weight]):
+        y = spatial_mixing.mix_space(x, conv, nn.GELU(), norm, residual=True)
+        want = plain_mixing(x, conv, nn.GELU(), norm, residual=True)
+        got, expected = (torch.autograd.grad(out.float().square().sum(), asked[-1]) for out in (y, want))
+        assert relative(got[0], expected[0]) < 0.05
+    y = spatial_mixing.mix_space(x.detach(), conv, nn.GELU(), norm)
+    y.float().square().sum().backward()
+    assert conv.weight.grad.dtype == torch.bfloat16
+    assert conv.weight.grad.abs().sum() > 0
+
+
+@needs_compiler
+def test_mixing_differentiates_twice():
+    (x,) = images(4, 32, 6, 6)
+    results = []
+    for fn in (spatial_mixing.mix_space, plain_mixing):
+        conv, norm = mixing_layers(3)
+        leaf = x.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = fn(leaf, conv, nn.GELU(), norm, True)
+        (first,) = torch.autograd.grad(y.float().square().sum(), leaf, create_graph=True)
+        first.float().square().sum().backward()
+        results.append((leaf.grad, conv.weight.grad, norm.weight.grad))
+    for got, want in zip(*results, strict=True):
+        assert relative(got, want) < 0.05
+
+
+@needs_compiler
+def test_mixing_is_for_bf16_convolutions_that_train():
+    (x,) = images(2, 32, 4, 4)
+    conv, norm = mixing_layers()
+    can_mix = spatial_mixing.can_mix
+    with torch.autocast("cpu", torch.bfloat16):
+        assert can_mix(x, conv, nn.GELU(), norm)
+        assert not can_mix(x.float(), conv, nn.GELU(), norm)
+        assert not can_mix(x, nn.Conv2d(32, 32, 1), nn.GELU(), norm)
+        assert not can_mix(x, DepthwiseConv2d(32, 5, bias=False), nn.GELU(), norm)
+        assert not can_mix(x, copy.deepcopy(conv).requires_grad_(False), nn.GELU(), norm)
+        handle = conv.register_forward_hook(lambda *args: None)
+        assert not can_mix(x, conv, nn.GELU(), norm)
+        handle.remove()
+    assert not can_mix(x, conv, nn.GELU(), norm)  # PyTorch refuses a bf16 image for fp32 weights, in its own words
+    assert can_mix(x, conv.bfloat16(), nn.GELU(), norm)
+
+
+# ---- pooling ----
+
+
+@pytest.mark.parametrize("size", [(16, 16), (7, 5), (1, 1)])
+def test_pooling_is_no_further_from_fp64_than_pytorchs(size):
+    (x,) = images(4, 32, *size)
+    results = []
+    for fn, dtype in (
+        (average_pool, torch.bfloat16),
+        (lambda t: t.mean((2, 3)), torch.bfloat16),
+        (lambda t: t.mean((2, 3)), torch.float64),
+    ):
+        leaf = x.to(dtype).detach().requires_grad_()
+        y = fn(leaf)
+        y.square().sum().backward()
+        results.append((y, leaf.grad))
+    for got, pytorchs, want in zip(*results, strict=True):
+        assert relative(got, want) <= 1.05 * relative(pytorchs, want) + 1e-6
+    assert results[0][1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_pooling_of_other_kinds_is_timms():
+    (x,) = images(2, 32, 4, 4)
+    pool = timm.layers.SelectAdaptivePool2d(pool_type="avg", flatten=True)
+    assert can_pool(x, pool)
+    assert not can_pool(x.float(), pool)
+    assert not can_pool(x.contiguous(), pool)
+    assert not can_pool(x, timm.layers.SelectAdaptivePool2d(pool_type="avgmax", flatten=True))
+    assert not can_pool(x, timm.layers.SelectAdaptivePool2d(pool_type="avg"))
+    with torch.no_grad():
+        assert not can_pool(x, pool)
 
 
 # ---- the whole model in training ----
