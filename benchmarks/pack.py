@@ -25,6 +25,7 @@ if __name__ == "__main__":
     for option in ("--train-data", "--test-data", "--machine"):
         parser.add_argument(option, required=True)
     parser.add_argument("--hours", type=float, required=True)
+    parser.add_argument("--again", help="how to repeat a run that was resumed with other settings, as Markdown")
     args = parser.parse_args()
     with args.results.open() as file:
         (result,) = csv.DictReader(file)
@@ -41,5 +42,6 @@ if __name__ == "__main__":
         ),
         train_data=args.train_data,
         cost=f", {args.hours:.1f} hours on {args.machine}",
+        again=args.again,
     )
     record([args.name])

@@ -21,6 +21,13 @@ _CITATION = """```bibtex
 ```"""
 
 
+_AGAIN = """`args.yaml` has every setting, `summary.csv` the history. To train it again:
+
+```
+convmixer-timm run train --config args.yaml --data-dir DATA
+```"""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Accuracies in percent, and on what they were measured."""
@@ -42,6 +49,7 @@ class Training:
         dataset: The same as the Hub names a dataset.
         cost: Hours and machine, or nothing.
         start: Name of the weights that it started from, or nothing.
+        again: How to repeat it, where ``args.yaml`` alone doesn't: a run that was resumed with other settings.
     """
 
     args: dict[str, Any]
@@ -51,6 +59,7 @@ class Training:
     dataset: str
     cost: str = ""
     start: str = ""
+    again: str = _AGAIN
 
 
 def make_card(
@@ -107,11 +116,7 @@ or `convmixer-timm predict IMAGE --model {load_name}`."""
             f"""## Training
 
 One run with seed {training.args["seed"]}{training.cost}. The weights are {training.weights}.
-`args.yaml` has every setting, `summary.csv` the history. To train it again:
-
-```
-convmixer-timm run train --config args.yaml --data-dir DATA
-```"""
+{training.again}"""
         )
     parts += [f"![{shown}]({file})" for file, shown in (pictures or {}).items()]
     parts.append(f"## Citation\n\n{_CITATION}")

@@ -152,6 +152,7 @@ def pack_run(
     evaluation: Evaluation | None = None,
     train_data: str | None = None,
     cost: str = "",
+    again: str | None = None,
 ) -> nn.Module:
     """Packs a run of timm's ``train.py``.
 
@@ -165,6 +166,7 @@ def pack_run(
         evaluation: For the card; by default what the run measured on its validation images.
         train_data: For the card; by default the data folder's name.
         cost: Hours and machine, for the card.
+        again: How to repeat the run, for the card, where ``args.yaml`` alone doesn't.
 
     Raises:
         FileNotFoundError: If the run has no such checkpoint, no ``args.yaml`` or no ``summary.csv``.
@@ -214,6 +216,7 @@ def pack_run(
             dataset="cifar10" if labels == list(CIFAR10_LABELS) else dataset,
             cost=cost,
             start=args["model"] if args["pretrained"] else Path(args["initial_checkpoint"] or "").name,
+            **({"again": again} if again else {}),
         )
         card = make_card(
             model, target.name, load_name or target.name, training, evaluation, draw_pictures(model, folder)

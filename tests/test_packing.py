@@ -74,6 +74,14 @@ def test_packed_run_loads_and_has_its_card(run, tmp_path):
     assert model.pretrained_cfg["label_names"] == [*"abcdefghij"]
 
 
+def test_a_card_says_how_to_repeat_a_run_that_was_resumed_with_other_settings(run, tmp_path):
+    target = tmp_path / "convmixer_128_4.mine"
+    pack_run(run, target, labels=[*"abcdefghij"], again="Twice, the second time in full size.")
+    card = (target / "README.md").read_text()
+    assert "Twice, the second time in full size." in card
+    assert "--config args.yaml" not in card
+
+
 def test_averaged_weights_and_the_best_epoch(run, tmp_path):
     last = torch.load(run / "last.pth.tar", weights_only=False)
     averaged = {k: v + 1 if v.is_floating_point() else v for k, v in last["state_dict"].items()}
