@@ -10,7 +10,7 @@ from pathlib import Path
 
 from timm.data import auto_augment
 
-__all__ = ["mend_cpu_ddp", "mend_posterize", "mend_resumed_summary"]
+__all__ = ["mend_cpu_ddp", "mend_mixup_off", "mend_posterize", "mend_resumed_summary"]
 
 _posterize = auto_augment.posterize
 
@@ -49,6 +49,26 @@ def mend_cpu_ddp() -> None:
         original(self, module, device_ids, *args, **kwargs)
 
     DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
+
+
+def mend_mixup_off() -> None:
+    """Let ``--mixup-off-epoch`` reach the workers that load images.
+
+    They stay from epoch to epoch, each with its own copy of what mixes images, so that what is switched off in the
+    training process goes on in them. After a change they are started anew.
+    """
+    from timm.data.loader import PrefetchLoader
+
+    original = PrefetchLoader.mixup_enabled
+    if hasattr(original.fset, "__wrapped__"):
+        return
+
+    @functools.wraps(original.fset)
+    def mixup_enabled(self, enabled):
+        original.fset(self, enabled)
+        self.loader._iterator = None  # torch keeps persistent workers there
+
+    PrefetchLoader.mixup_enabled = original.setter(mixup_enabled)
 
 
 def mend_resumed_summary() -> None:

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from .compat import mend_cpu_ddp, mend_resumed_summary
+from .compat import mend_cpu_ddp, mend_mixup_off, mend_resumed_summary
 from .files import atomic_path, cache_dir
 
 __all__ = ["find_script", "run_script"]
@@ -66,6 +66,7 @@ def run_script(path: Path, args: list[str]) -> None:
     `SystemExit` and `KeyboardInterrupt` too.
     """
     mend_cpu_ddp()
+    mend_mixup_off()
     mend_resumed_summary()
     sys.argv = [str(path), *args]
     runpy.run_path(str(path), run_name="__main__")

@@ -3,8 +3,11 @@
 import random
 
 import pytest
+import torch
 from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import FastCollateMixup, auto_augment, create_dataset, create_loader, create_transform
+
+from convmixer_timm.compat import mend_mixup_off
 
 
 def test_randaugment_at_full_strength(cifar_images):
@@ -22,3 +25,25 @@ def test_posterize(name, cifar_images):
     assert posterize(image, 0).getextrema() == ((0, 0),) * 3
     assert all(v % 128 == 0 for v, _ in posterize(image, 1).getchannel(0).getcolors() for v in [_])
     assert posterize(image, 8) is image
+
+
+def test_mixup_that_is_switched_off_stays_off_in_the_workers(cifar_images):
+    mend_mixup_off()
+    root = cifar_images[0][0].parent.parent
+    loader = create_loader(
+        create_dataset("", root=str(root)),
+        input_size=(3, 32, 32),
+        batch_size=10,
+        is_training=True,
+        num_workers=1,
+        collate_fn=FastCollateMixup(cutmix_alpha=1.0, num_classes=10, label_smoothing=0.0),
+        device=torch.device("cpu"),
+    )
+
+    def mixed():
+        return any(target.max(1).values.min() < 1 for _, target in loader)
+
+    assert mixed()
+    loader.mixup_enabled = False
+    assert not mixed()
+    assert not mixed()
