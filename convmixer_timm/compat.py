@@ -7,6 +7,7 @@ oldest timm that this package supports no longer needs it.
 import csv
 import functools
 from pathlib import Path
+from typing import Any
 
 from timm.data import auto_augment
 
@@ -59,7 +60,8 @@ def mend_mixup_off() -> None:
     """
     from timm.data.loader import PrefetchLoader
 
-    original = PrefetchLoader.mixup_enabled
+    loader: Any = PrefetchLoader
+    original = loader.mixup_enabled
     if hasattr(original.fset, "__wrapped__"):
         return
 
@@ -68,7 +70,7 @@ def mend_mixup_off() -> None:
         original.fset(self, enabled)
         self.loader._iterator = None  # torch keeps persistent workers there
 
-    PrefetchLoader.mixup_enabled = original.setter(mixup_enabled)
+    loader.mixup_enabled = original.setter(mixup_enabled)
 
 
 def mend_resumed_summary() -> None:
