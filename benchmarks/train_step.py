@@ -58,7 +58,7 @@ def work(args) -> None:
     whose, compiled, _ = SETTINGS[args.worker]
     torch.manual_seed(0)
     model = build(whose, args.model).to(memory_format=torch.channels_last).train()
-    images = torch.randn(args.batch_size[0], *model.pretrained_cfg["input_size"])
+    images = torch.randn(args.batch_size[0], 3, args.img_size, args.img_size)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.randint(model.num_classes, (len(images),))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -88,7 +88,7 @@ def floor_seconds(args) -> float:
     model = build("ours", args.model)
     dim, depth, patch = model.num_features, len(model.blocks), model.stem[0].kernel_size[0]
     kernel = model.blocks[0][0].fn[0].kernel_size[0]
-    side = model.pretrained_cfg["input_size"][-1] // patch
+    side = args.img_size // patch
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     x = torch.randn(args.batch_size[0], dim, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
     depthwise, pointwise = torch.randn(dim, 1, kernel, kernel).to(dtype), torch.randn(dim, dim, 1, 1).to(dtype)
@@ -118,7 +118,7 @@ def measure(args, batch_size: int) -> list[dict]:
     def start(name: str, allocator: bool) -> subprocess.Popen:
         environment = {**os.environ, **(allocator_settings(dict(os.environ)) if allocator else {})}
         command = [sys.executable, __file__, "--worker", name, "--model", args.model, "--precision", args.precision]
-        command += ["--batch-size", str(batch_size)]
+        command += ["--batch-size", str(batch_size), "--img-size", str(args.img_size)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     workers = {}
@@ -143,6 +143,7 @@ def measure(args, batch_size: int) -> list[dict]:
         rows.append(
             {
                 "model": args.model,
+                "img_size": args.img_size,
                 "precision": args.precision,
                 "batch_size": batch_size,
                 "setting": name,
@@ -154,7 +155,10 @@ def measure(args, batch_size: int) -> list[dict]:
                 "peak_MiB": round(memory[name]),
             }
         )
-        print("  ".join(f"{k}={v}" for k, v in rows[-1].items() if k not in ("model", "precision")), flush=True)
+        print(
+            "  ".join(f"{k}={v}" for k, v in rows[-1].items() if k not in ("model", "img_size", "precision")),
+            flush=True,
+        )
     return rows
 
 
@@ -186,6 +190,7 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="convmixer_256_8")
+    parser.add_argument("--img-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--repeats", type=int, default=10)
