@@ -8,7 +8,7 @@ import sys
 
 from . import __version__
 
-DEFAULT_MODEL = "convmixer_256_8.e56_cifar10"
+DEFAULT_MODEL = "convmixer_256_8.e70_cifar10"
 
 
 def _positive(text: str) -> int:
