@@ -72,7 +72,8 @@ def test_in1k_config(name):
 def test_cifar10_config(name):
     cfg = timm.get_pretrained_cfg(name)
     assert (cfg.mean, cfg.std) == ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
-    assert (cfg.crop_pct, cfg.num_classes, len(cfg.label_names)) == (1.0, 10, 10)
+    assert (cfg.num_classes, len(cfg.label_names)) == (10, 10)
+    assert cfg.crop_pct == cfg.input_size[-1] / 32  # nothing is resized: the middle of the 32 pixels, or all
     assert (cfg.license, cfg.paper_ids) == ("mit", "arXiv:2201.09792")
     assert bool(cfg.has_weights) == bool(timm.list_pretrained(f"{name}.*"))
 
@@ -87,6 +88,7 @@ def test_bundled_weights_agree_with_their_folder(folder):
     assert f"{config['architecture']}.{config['pretrained_cfg']['tag']}" == folder.name
     for key in ("mean", "std", "label_names", "input_size"):
         assert list(config["pretrained_cfg"].get(key) or config.get(key)) == list(getattr(cfg, key))
+    assert config["pretrained_cfg"]["crop_pct"] == cfg.crop_pct
     ours = timm.create_model(folder.name, pretrained=True)
     local = timm.create_model(f"local-dir:{folder}", pretrained=True)
     for a, b in zip(ours.parameters(), local.parameters(), strict=True):
