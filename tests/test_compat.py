@@ -50,7 +50,7 @@ for enabled in (True, False, False):
 
 
 def test_mixup_that_is_switched_off_stays_off_in_the_workers(cifar_images):
-    # In a process of its own: workers leave torch's SIGCHLD handler behind, on which OpenVINO's threads crash.
+    # In a process of its own: a loader with workers here made a later test crash, after the inference engines' tests.
     command = [sys.executable, "-c", MIXED, str(cifar_images[0][0].parent.parent)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == [
         "True",
