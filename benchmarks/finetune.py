@@ -18,7 +18,7 @@ import timm
 import torch
 import yaml
 
-from convmixer_timm.launch import RECIPES
+from convmixer_timm.training.launch import RECIPES
 
 # What differs from the recipe. A head alone: every other layer's learning rate falls below what is trained at all.
 SETTINGS = {

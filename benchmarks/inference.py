@@ -5,8 +5,8 @@
 
 Every setting runs in a process of its own, so that its peak memory is its own; all are warmed up, then take turns, in
 another order each time. A row appears only if the outputs were those of the model in fp32, within
-`convmixer_timm.inference.TOLERANCES`. The peak is the speed of the model's own 1x1 convolution in the row's precision,
-measured in the same run.
+`TOLERANCES` of `convmixer_timm.inference.optimize`. The peak is the speed of the model's own 1x1 convolution in the
+row's precision, measured in the same run.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PRECISIONS = ("fp32", "bf16", "int8")
 
 
 def runnable(setting: str, precision: str) -> bool:
-    from convmixer_timm.inference import BACKENDS, unavailable
+    from convmixer_timm.inference.optimize import BACKENDS, unavailable
 
     if setting == "timm":
         return precision == "fp32"
@@ -45,8 +45,8 @@ def prepare(args, setting: str, precision: str):
     """A function of nothing that runs the model once, and what to say of it: how far its outputs are from fp32's."""
     import timm
 
-    from convmixer_timm import inference
-    from convmixer_timm.inference import BACKENDS, TOLERANCES, calibration_batches, optimize, quiet
+    from convmixer_timm.inference import optimize as inference
+    from convmixer_timm.inference.optimize import BACKENDS, TOLERANCES, calibration_batches, optimize, quiet
 
     torch.manual_seed(0)
     model = timm.create_model(args.model, pretrained=args.model in args.pretrained).eval().requires_grad_(False)
@@ -96,7 +96,7 @@ def accuracy(args, model, run) -> float:
 
 def peak_flops(args, precision: str) -> float:
     """Multiply-adds, counted as two, a second of the model's 1x1 convolution in this precision."""
-    from convmixer_timm.inference import BACKENDS, quiet
+    from convmixer_timm.inference.optimize import BACKENDS, quiet
 
     model = build("ours", args.model)
     dim, side, layers = model.num_features, args.img_size // model.stem[0].kernel_size[0], 8
@@ -210,7 +210,7 @@ def draw(rows: list[dict], folder: Path) -> None:
     from matplotlib.figure import Figure
 
     from convmixer_timm.files import atomic_path
-    from convmixer_timm.inference import BACKENDS
+    from convmixer_timm.inference.optimize import BACKENDS
 
     colors = {"fp32": "tab:blue", "bf16": "tab:orange", "int8": "tab:green"}
 

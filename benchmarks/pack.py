@@ -11,10 +11,10 @@ import argparse
 import csv
 from pathlib import Path
 
-from convmixer_timm.cards import Evaluation
 from convmixer_timm.convmixer import CIFAR10_LABELS, WEIGHTS_DIR
-from convmixer_timm.packing import pack_run
-from convmixer_timm.verify import record
+from convmixer_timm.hub.cards import Evaluation
+from convmixer_timm.hub.packing import pack_run
+from convmixer_timm.hub.verify import record
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -113,7 +113,7 @@ def floor_seconds(args) -> float:
 
 
 def measure(args, batch_size: int) -> list[dict]:
-    from convmixer_timm.launch import allocator_settings
+    from convmixer_timm.training.launch import allocator_settings
 
     def start(name: str, allocator: bool) -> subprocess.Popen:
         environment = {**os.environ, **(allocator_settings(dict(os.environ)) if allocator else {})}

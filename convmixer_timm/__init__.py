@@ -1,28 +1,54 @@
 """ConvMixer for timm: importing this package registers the variants with timm's model registry."""
 
+import importlib
 import os
 import sys
+from typing import TYPE_CHECKING
 
 if sys.argv[:1] == ["-m"] and os.path.exists("timm/__init__.py") and os.path.exists("train.py"):
     # `python -m convmixer_timm` inside a clone of timm: the clone must not stand in for the installed timm.
     sys.path[:] = [p for p in sys.path if p not in ("", os.getcwd())]
 
-from .compat import mend_posterize
 from .convmixer import ConvMixer
-from .native import set_fast_training
+from .kernels.build import set_fast_training
+from .training.compat import mend_posterize
 
-__all__ = ["ConvMixer", "optimize", "set_fast_training"]
+if TYPE_CHECKING:
+    from .hub.publish import publish
+    from .inference.export import export
+    from .inference.loading import class_names, load_model
+    from .inference.optimize import optimize
+    from .inference.predicting import predict
+
+__all__ = [
+    "ConvMixer",
+    "class_names",
+    "export",
+    "load_model",
+    "optimize",
+    "predict",
+    "publish",
+    "set_fast_training",
+]
 
 mend_posterize()
 
+# Imported when they are first asked for: importing the package stays as cheap as importing timm.
+_ROOMS = {
+    "class_names": "inference.loading",
+    "export": "inference.export",
+    "load_model": "inference.loading",
+    "optimize": "inference.optimize",
+    "predict": "inference.predicting",
+    "publish": "hub.publish",
+}
 
-def __getattr__(name: str):
-    if name == "__version__":  # read only when asked for: it takes longer than the rest of this import
-        from importlib.metadata import version
 
-        return version("convmixer-timm")
-    if name == "optimize":
-        from .inference import optimize
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from .version import version
 
-        return optimize
+        return version()
+    if name in _ROOMS:
+        return getattr(importlib.import_module(f".{_ROOMS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,12 +1,11 @@
-"""The ``convmixer-timm`` command. Each sub-command is a thin layer over one module, imported when it is needed."""
+"""The ``convmixer-timm`` command: the list of its sub-commands, each a few lines over its room's functions."""
 
 import argparse
-import csv
-import json
 import os
 import sys
+from pathlib import Path
 
-from . import __version__
+from .version import version
 
 DEFAULT_MODEL = "convmixer_256_8.e70_cifar10"
 
@@ -19,68 +18,20 @@ def _positive(text: str) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    import torch
-    from huggingface_hub.utils import tqdm
+    from .inference.loading import load_model, usable_device
+    from .inference.predicting import predict_files
+    from .inference.reporting import FORMATS
 
-    from .predict import find_images, load_model, predict
-
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
-    model = load_model(args.model, device)
-    paths = find_images(args.images)
-    if not paths:
-        raise ValueError(f"no images found in {' '.join(args.images)}")
-    failed = 0
-
-    def report(path, error):
-        nonlocal failed
-        failed += 1
-        tqdm.write(f"error: {path}: {error}", file=sys.stderr)
-
-    watched = sys.stderr.isatty() and len(paths) > args.batch_size
-    progress = tqdm(paths, unit="img", disable=not watched)
-    results = list(predict(model, progress, args.topk, args.batch_size, on_error=report))
-    _FORMATS[args.format](results)
+    model = load_model(args.model, usable_device(args.device))
+    results, failed = predict_files(model, args.images, args.topk, args.batch_size)
+    FORMATS[args.format](results)
     return 1 if failed else 0
 
 
-def _print_table(results) -> None:
-    width = max((len(str(path)) for path, _ in results), default=0)
-    for path, classes in results:
-        print(f"{path!s:{width}}  " + "  ".join(f"{name} {p:.3f}" for name, p in classes))
-
-
-def _print_json(results) -> None:
-    rows = [{"path": str(path), "classes": [{"label": n, "prob": p} for n, p in classes]} for path, classes in results]
-    print(json.dumps(rows, indent=2))
-
-
-def _print_csv(results) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["path", "rank", "label", "prob"])
-    for path, classes in results:
-        writer.writerows([path, rank, name, f"{p:.6f}"] for rank, (name, p) in enumerate(classes, 1))
-
-
-_FORMATS = {"table": _print_table, "json": _print_json, "csv": _print_csv}
-
-
 def _list(args: argparse.Namespace) -> int:
-    from .variants import variants
+    from .variants import table
 
-    rows = [("variant", "params (M)", "GMACs", "input", "weights")]
-    for v in variants():
-        size = "x".join(map(str, v.input_size))
-        rows.append((v.name, f"{v.params / 1e6:.2f}", f"{v.macs / 1e9:.2f}", size, ", ".join(v.weights) or "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    for row in rows:
-        cells = (
-            f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=False))
-        )
-        print("  ".join([*cells, row[-1]]))
+    print(*table(), sep="\n")
     return 0
 
 
@@ -93,22 +44,17 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .verify import verifiable, verify
+    from .hub.verify import verify_all
 
-    failed = 0
-    files = verifiable()
-    for name in args.names or files:
-        try:
-            verify(name, files)
-            print(f"ok      {name}")
-        except ValueError as error:
-            failed += 1
-            print(f"FAILED  {name}: {' '.join(str(error).split())}")
-    return 1 if failed else 0
+    problems = 0
+    for name, problem in verify_all(args.names):
+        problems += bool(problem)
+        print(f"FAILED  {name}: {problem}" if problem else f"ok      {name}")
+    return 1 if problems else 0
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from .hub import publish
+    from .hub.publish import publish
 
     publication = publish(
         args.source,
@@ -122,52 +68,29 @@ def _publish(args: argparse.Namespace) -> int:
         dry_run=args.dry_run,
         timeout=args.timeout,
     )
-    for name, size in publication.files.items():
-        print(f"{size:>12,}  {name}")
-    if args.dry_run:
-        print(f"\n{publication.card}\nNothing was sent. This is the card of a new repository: one that is there keeps")
-        print("what people wrote into its own.")
-    elif publication.changed:
-        print(f"Published: {publication.url}")
-    else:
-        print(f"Nothing to publish: {args.repo_id} has all of it already.")
+    print(*publication.report(), sep="\n")
     return 0
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from .convmixer import ConvMixer
-    from .plots import draw_depthwise_kernels, draw_heat_map, draw_patch_filters
-    from .predict import class_names, image_loader, load_model
+    from .inference.loading import class_names, load_model
+    from .plots import draw
 
     model = load_model(args.model)
-    if not isinstance(model, ConvMixer):
-        raise ValueError(f"{args.model} is a {type(model).__name__}, which is no ConvMixer")
-    folder = Path(args.output)
-    draw_patch_filters(model, folder / "patch_filters.png")
-    draw_depthwise_kernels(model, folder / "depthwise_kernels.png", args.layers)
-    print(folder / "patch_filters.png", folder / "depthwise_kernels.png", sep="\n")
-    load = image_loader(model)
-    for path in map(Path, args.image or ()):
-        target = folder / f"heat_map_{path.stem}.png"
-        said = draw_heat_map(model, load(path), class_names(model), target)
-        print(f"{target}  {said}")
+    for line in draw(model, class_names(model), Path(args.output), args.layers, map(Path, args.image)):
+        print(line)
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    from pathlib import Path
+    from .inference.export import export
+    from .inference.loading import load_model
 
-    from .export import export
-    from .predict import class_names, load_model
-
-    model = load_model(args.model)
-    target = Path(args.output)
-    labels = class_names(model)
-    metadata = export(model, target, args.format, args.precision, args.dynamic_batch, args.calibration, labels)
+    metadata = export(
+        load_model(args.model), args.output, args.format, args.precision, args.dynamic_batch, args.calibration
+    )
     size = "x".join(map(str, ("N" if args.dynamic_batch else 1, *metadata["input_size"])))
-    print(f"{target}: {args.model} as {args.format} in {args.precision} for images of {size}, outputs compared")
+    print(f"{args.output}: {args.model} as {args.format} in {args.precision} for images of {size}, outputs compared")
     return 0
 
 
@@ -181,21 +104,19 @@ def _lines(path: str) -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .launch import restart_with_allocator_settings
-    from .scripts import find_script, run_script
+    from .training.launch import launch
+    from .training.scripts import find_script
 
     try:
-        path = find_script(args.script, args.timm_scripts)
+        find_script(args.script, args.timm_scripts)
     except OSError as error:
         return _fail(error)
-    if args.settings and args.from_shell:
-        restart_with_allocator_settings(args.args)
-    run_script(path, args.args)
+    launch(args.script, args.args, args.timm_scripts, settings=args.settings and args.from_shell)
     return 0
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .launch import train_arguments
+    from .training.launch import train_arguments
 
     try:
         args.script, args.args = "train", train_arguments(args.recipe, args.args)
@@ -205,7 +126,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
-    from .launch import recipes
+    from .training.launch import recipes
 
     for name, description in recipes().items():
         print(f"{name:16}{description}")
@@ -214,7 +135,7 @@ def _recipes(args: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="convmixer-timm", description="ConvMixer for timm.")
-    parser.add_argument("--version", action="version", version=f"convmixer-timm {__version__}")
+    parser.add_argument("--version", action="version", version=f"convmixer-timm {version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name, run, help):
@@ -226,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob")
     p.add_argument("--model", default=DEFAULT_MODEL, help="NAME, hf-hub:OWNER/NAME or local-dir:FOLDER (%(default)s)")
     p.add_argument("--topk", type=_positive, default=5, help="classes an image (%(default)s)")
-    p.add_argument("--format", choices=sorted(_FORMATS), default="table", help="output (%(default)s)")
+    p.add_argument("--format", choices=("csv", "json", "table"), default="table", help="output (%(default)s)")
     p.add_argument("--device", help="torch device (cuda where there is one, else cpu)")
     p.add_argument("--batch-size", type=_positive, default=64, help="images at a time (%(default)s)")
 
@@ -254,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     p = command("plot", _plot, "Draw a model's patch-embedding filters and depthwise kernels, and what it looks at.")
     p.add_argument("model", metavar="MODEL", help="NAME, hf-hub:OWNER/NAME or local-dir:FOLDER")
     p.add_argument("--layers", type=_layers, metavar="I,J,…", help="whose kernels (first, middle and last)")
-    p.add_argument("--image", nargs="+", metavar="IMAGE", help="draw a heat map for each (Grad-CAM)")
+    p.add_argument("--image", nargs="+", metavar="IMAGE", default=(), help="draw a heat map for each (Grad-CAM)")
     p.add_argument("-o", "--output", metavar="DIR", default=".", help="folder for the PNG files (%(default)s)")
 
     p = command("export", _export, "Write a model for another program, with its preprocessing as metadata.")

@@ -17,11 +17,11 @@ from timm.layers import DropPath, SelectAdaptivePool2d, drop_path, get_act_layer
 from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
-from .act_norm import conv_act_norm, has_hooks
 from .checkpoints import checkpoint_filter_fn
-from .depthwise import DepthwiseConv2d
-from .pooling import average_pool, can_pool
-from .spatial_mixing import can_mix, mix_space
+from .kernels.act_norm import conv_act_norm, has_hooks
+from .kernels.depthwise import DepthwiseConv2d
+from .kernels.pooling import average_pool, can_pool
+from .kernels.spatial_mixing import can_mix, mix_space
 
 __all__ = ["ConvMixer"]
 

@@ -1,6 +1,7 @@
 """Pictures of a model and of its training, with matplotlib (``pip install 'convmixer-timm[plot]'``)."""
 
 import csv
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,42 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from timm.data import resolve_model_data_config
 
+from .convmixer import ConvMixer
 from .files import atomic_path
+from .images import image_loader
 
-__all__ = ["draw_curve", "draw_depthwise_kernels", "draw_heat_map", "draw_patch_filters"]
+__all__ = ["draw", "draw_curve", "draw_depthwise_kernels", "draw_heat_map", "draw_patch_filters"]
+
+
+def draw(
+    model: Any, names: list[str], folder: Path, layers: list[int] | None = None, images: Iterable[Path] = ()
+) -> Iterator[str]:
+    """Draws a model's filters and kernels, and a heat map for each image, as PNG files in a folder.
+
+    Args:
+        model: A ConvMixer.
+        names: Of its classes.
+        folder: Made where it isn't there.
+        layers: As for `draw_depthwise_kernels`.
+        images: Image files.
+
+    Yields:
+        A line for each file written.
+
+    Raises:
+        ValueError: If `model` is no ConvMixer or has no such layer.
+    """
+    if not isinstance(model, ConvMixer):
+        raise ValueError(f"a {type(model).__name__} is no ConvMixer, whose filters and kernels these are")
+    draw_patch_filters(model, folder / "patch_filters.png")
+    yield str(folder / "patch_filters.png")
+    draw_depthwise_kernels(model, folder / "depthwise_kernels.png", layers)
+    yield str(folder / "depthwise_kernels.png")
+    load = image_loader(model)
+    for path in images:
+        target = folder / f"heat_map_{path.stem}.png"
+        said = draw_heat_map(model, load(path), names, target)
+        yield f"{target}  {said}"
 
 
 def draw_curve(summary: Path, target: Path) -> None:

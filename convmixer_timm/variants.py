@@ -7,7 +7,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Variant", "variants"]
+__all__ = ["Variant", "table", "variants"]
 
 
 @dataclass(frozen=True)
@@ -39,3 +39,16 @@ def variants() -> list[Variant]:
             )
         )
     return out
+
+
+def table() -> list[str]:
+    """The registered ConvMixers as lines of text."""
+    rows = [("variant", "params (M)", "GMACs", "input", "weights")]
+    for v in variants():
+        size = "x".join(map(str, v.input_size))
+        rows.append((v.name, f"{v.params / 1e6:.2f}", f"{v.macs / 1e9:.2f}", size, ", ".join(v.weights) or "-"))
+    name, *widths = (max(len(row[i]) for row in rows) for i in range(4))
+    return [
+        "  ".join([f"{row[0]:<{name}}", *(f"{row[i]:>{width}}" for i, width in enumerate(widths, 1)), row[4]])
+        for row in rows
+    ]

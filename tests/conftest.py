@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,11 @@ import pytest
 import convmixer_timm  # noqa: F401  registers the variants
 
 IMAGES = Path(__file__).parent / "images"
+
+
+def torchrun(processes: int) -> list[str]:
+    """The launcher on a port that nobody else uses."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Models packed, described, published on the Hugging Face Hub, and verified."""

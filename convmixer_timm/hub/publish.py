@@ -1,0 +1,257 @@
+"""A trained model, published on the Hugging Face Hub in one commit."""
+
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download, utils
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils.sha import git_hash
+
+from ..errors import NETWORK, HubError, hub_reason, hub_status
+from ..files import sha256
+from ..version import version
+from .cards import merge_cards
+from .packing import pack
+
+__all__ = ["Publication", "publish"]
+
+TIMEOUT = 60.0
+_WAITS = (1, 4)  # seconds before the second and the third attempt
+_TRANSIENT = {408, 429, 500, 502, 503, 504}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was sent, or would be.
+
+    Attributes:
+        files: Size in bytes by name.
+        card: The model card.
+        url: The commit's or the pull request's page; empty for a dry run.
+        changed: Whether there was anything new to send.
+    """
+
+    files: dict[str, int]
+    card: str
+    url: str = ""
+    changed: bool = True
+
+    def report(self) -> list[str]:
+        """What happened, or would, as lines of text."""
+        if self.url:
+            last = f"Published: {self.url}"
+        elif self.changed:
+            last = (
+                f"\n{self.card}\nNothing was sent. This is the card of a new repository: one that is there keeps\n"
+                "what people wrote into its own."
+            )
+        sizes = [f"{size:>12,}  {name}" for name, size in self.files.items()]
+        return [*sizes, last if self.changed else "Nothing to publish: the repository has all of it already."]
+
+
+def publish(
+    source: str | Path,
+    repo_id: str,
+    *,
+    architecture: str | None = None,
+    labels: list[str] | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    dry_run: bool = False,
+    timeout: float = TIMEOUT,
+) -> Publication:
+    """Packs a trained model and sends it to a model repository on the Hub, everything in one commit.
+
+    Before it is sent, the packed folder is loaded back and its output compared with the source's. What people wrote
+    into the repository's card stays. What passes by itself (too many requests, a server's failure, a lost connection)
+    is tried three times.
+
+    Args:
+        source: What `packing.pack` packs: a packed folder, a ``train.py`` output folder, or a checkpoint file.
+        repo_id: OWNER/NAME; made where it isn't there.
+        architecture: Variant, for a checkpoint file.
+        labels: Names of the classes, where the source doesn't tell them.
+        private: Make a new repository private; one that exists stays as it is.
+        revision: Branch, made where it isn't there; main by default.
+        create_pr: Open a pull request instead of writing to the branch.
+        tag: Name for the commit.
+        dry_run: Only pack and compare; nothing is sent or asked.
+        timeout: Seconds to wait for each of the Hub's answers.
+
+    Raises:
+        FileNotFoundError: If there is no such source.
+        ValueError: If the source can't be packed, its copy computes something else, or the arguments don't go together.
+        HubError: If the Hub refuses or can't be reached. The repository is as it was before.
+    """
+    if not re.fullmatch(r"[^/]+/[^/]+", repo_id):
+        raise ValueError(f"--repo-id must be OWNER/NAME, got {repo_id!r}")
+    utils.validate_repo_id(repo_id)
+    if create_pr and (tag or revision):
+        raise ValueError("a pull request goes to the main branch and has no tag yet: leave out --revision and --tag")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / repo_id.split("/")[1]
+        load_name = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
+        model = pack(Path(source), folder, load_name, architecture, labels)
+        _compare(model, folder)
+        if dry_run:
+            return _publication(folder)
+        if constants.HF_HUB_OFFLINE:
+            raise HubError("HF_HUB_OFFLINE is set: unset it to publish")
+        if get_token() is None:
+            raise HubError("no Hugging Face token: run `hf auth login` with one that may write, or set HF_TOKEN")
+        _limit_waiting(timeout)
+        api = HfApi(library_name="convmixer-timm", library_version=version())
+        return _send(api, folder, repo_id, private, revision, create_pr, tag)
+
+
+def _compare(model: Any, folder: Path) -> None:
+    """Loads the packed folder as its users will, and compares its output with the source's on the same input."""
+    copy = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    size = model.pretrained_cfg["input_size"]
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        if not torch.equal(model.eval()(images), copy(images)):
+            raise ValueError("the packed model doesn't compute what its source does; nothing was sent")
+
+
+def _publication(folder: Path, **kwargs) -> Publication:
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return Publication(files, (folder / "README.md").read_text(), **kwargs)
+
+
+def _limit_waiting(seconds: float) -> None:
+    """huggingface_hub waits for ever for most answers; its client is told for how long instead."""
+    if hasattr(utils, "configure_http_backend"):  # before 1.0, on requests
+        from functools import partial
+
+        import requests
+
+        def session():
+            session = requests.Session()
+            session.request = partial(session.request, timeout=seconds)  # type: ignore[method-assign]
+            return session
+
+        utils.configure_http_backend(session)
+    else:
+        utils.get_session().timeout = seconds  # type: ignore[attr-defined]
+
+
+def _send(
+    api: HfApi, folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, tag: str | None
+) -> Publication:
+    def attempt(step: Callable[[], T], waits: tuple[int | None, ...] = (*_WAITS, None)) -> T:
+        for wait in waits:
+            try:
+                return step()
+            except Exception as raised:
+                error = _cause(raised)
+                if error is None:
+                    raise
+                if wait is None or not _passes_by_itself(error):
+                    raise HubError(_advice(error, repo_id, f"{repo_id} has no new commit")) from raised
+                print(f"{hub_reason(error)}; trying again in {wait} s", file=sys.stderr)
+                time.sleep(wait)
+        raise AssertionError
+
+    attempt(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    if private and not attempt(lambda: api.repo_info(repo_id)).private:
+        raise HubError(f"{repo_id} is there and public: make it private in its settings first, or leave out --private")
+    if revision:
+        attempt(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    head = str(attempt(lambda: api.repo_info(repo_id, revision=revision)).sha)
+    card = folder / "README.md"
+    old = attempt(lambda: _old_card(repo_id, head))
+    if old is not None:
+        card.write_text(merge_cards(card.read_text(), old))
+    tagged = None
+    if tag:
+        refs = attempt(lambda: api.list_repo_refs(repo_id))
+        tagged = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+    if tagged and not (tagged == head and attempt(lambda: _holds(api, repo_id, head, folder))):
+        raise HubError(f"{repo_id} has a tag {tag}, on other content: choose another --tag. It has no new commit.")
+
+    def commit():
+        operations = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=f"Publish {folder.name} with convmixer-timm {version()}",
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head,  # so that nobody's commit in between is overwritten
+        )
+
+    # A commit whose answer was lost is found on the branch by the next attempt; a pull request would be opened twice.
+    info = attempt(commit, (None,)) if create_pr else attempt(commit)
+    changed = info.oid != head
+    if tag and not tagged:
+        try:
+            api.create_tag(repo_id, tag=tag, revision=info.oid)
+        except NETWORK as error:
+            raise HubError(_advice(error, repo_id, "The checkpoint is published; only its tag is missing")) from error
+    return _publication(folder, url=info.pr_url or info.commit_url, changed=changed)
+
+
+def _holds(api: HfApi, repo_id: str, commit: str, folder: Path) -> bool:
+    """Whether a commit has these very files."""
+    files = {path.name: path for path in folder.iterdir()}
+    there: list[Any] = api.get_paths_info(repo_id, list(files), revision=commit)
+    same = [
+        info.lfs.sha256 == sha256(files[info.path])
+        if info.lfs
+        else info.blob_id == git_hash(files[info.path].read_bytes())
+        for info in there
+    ]
+    return len(same) == len(files) and all(same)
+
+
+def _old_card(repo_id: str, commit: str) -> str | None:
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            return Path(hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache)).read_text()
+        except LocalEntryNotFoundError as error:  # the Hub didn't answer, and this cache is empty
+            raise ConnectionError(str(error).splitlines()[0]) from error
+        except EntryNotFoundError:
+            return None
+
+
+def _cause(error: Exception) -> Exception | None:
+    """The Hub's or the network's error in one of huggingface_hub's; None for an error of another kind."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # from an upload's thread
+    # JSON that can't be read is the page of a failing proxy.
+    return error if isinstance(error, (*NETWORK, json.JSONDecodeError)) else None
+
+
+def _passes_by_itself(error: Exception) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return hub_status(error) in _TRANSIENT
+    return not isinstance(error, FileNotFoundError)
+
+
+def _advice(error: Exception, repo_id: str, state: str) -> str:
+    owner = repo_id.split("/")[0]
+    what = {
+        401: "the token is wrong or expired: run `hf auth login`, or set HF_TOKEN",
+        402: f"the storage of {owner} is full: free some, or publish elsewhere",
+        403: f"the token may not do this: take one that may write to {owner}, or another --repo-id",
+        404: "no such repository for this token, or a private one of someone else: check --repo-id and the token",
+        409: "something is there already or happening at the same time: look at the repository and publish again",
+        412: "someone else changed the repository meanwhile: publish again",
+        413: f"too much for the storage of {owner}: free some, or publish elsewhere",
+        429: "too many requests: wait some minutes and publish again",
+    }.get(hub_status(error) or 0, "publish again later")
+    return f"{hub_reason(error)}: {what}. {state}."

@@ -1,0 +1,1 @@
+"""Loading a model, predicting with it, and making that fast."""

@@ -1,0 +1,168 @@
+"""A model written to one file for another program, with what it needs to know of its images."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from timm.data import resolve_model_data_config
+
+from .loading import class_names
+from .optimize import TOLERANCES, calibration_batches, onnx_program, openvino_model, quiet, unavailable
+
+__all__ = ["FORMATS", "export"]
+
+# Precisions by format. OpenVINO computes an fp32 file in bf16 when it is asked to, so it needs no other file for that.
+FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "int8"), "torch-export": ("fp32", "bf16")}
+_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
+
+
+def export(
+    model: Any,
+    target: str | Path,
+    format: str,
+    precision: str = "fp32",
+    dynamic_batch: bool = False,
+    calibration: Iterable | str | Path | None = None,
+    labels: list[str] | None = None,
+) -> dict[str, Any]:
+    """Writes a model to a file, loads that back and compares its outputs before it gets its name.
+
+    The file carries its preprocessing and its classes as metadata (the keys that this function returns), each as JSON:
+    in ONNX as metadata properties, in OpenVINO as runtime information under ``convmixer_timm``, in torch.export as the
+    extra file ``metadata.json``.
+
+    Args:
+        model: In fp32 on the CPU; it stays as it is.
+        target: File to write: ``.onnx``, ``.xml`` (OpenVINO, with a ``.bin`` beside it) or ``.pt2``.
+        format: 'onnx', 'openvino' or 'torch-export'.
+        precision: One of `FORMATS`. int8 is quantised by NNCF.
+        dynamic_batch: Take any number of images; else one.
+        calibration: For int8, as for `convmixer_timm.optimize`.
+        labels: Names of the classes; by default the model's own.
+
+    Returns:
+        The metadata.
+
+    Raises:
+        ValueError: If format, precision or the file's suffix is none of those, or int8 has no calibration images.
+        RuntimeError: If a needed package is missing, or the file's outputs differ from the model's by more than
+            `convmixer_timm.inference.optimize.TOLERANCES`.
+    """
+    target = Path(target)
+    if format not in FORMATS:
+        raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
+    if precision not in FORMATS[format]:
+        raise ValueError(f"{format} is written in {' or '.join(FORMATS[format])}, not in {precision!r}")
+    if target.suffix != _SUFFIXES[format]:
+        raise ValueError(f"a file of format {format} must end in {_SUFFIXES[format]}, got {target}")
+    if format != "torch-export":
+        reason = unavailable("onnxruntime" if format == "onnx" else "openvino")
+        reason = reason or (unavailable("openvino", precision) if precision == "int8" else None)
+        if reason:
+            raise RuntimeError(reason)
+    config = resolve_model_data_config(model)
+    metadata = {
+        "architecture": model.pretrained_cfg.get("architecture"),
+        "precision": precision,
+        **{key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")},
+        "label_names": labels or class_names(model),
+    }
+    example = torch.randn(2, *config["input_size"], generator=torch.Generator().manual_seed(0))
+    if not dynamic_batch:
+        example = example[:1]
+    batches = list(calibration_batches(model, calibration)) if precision == "int8" else []
+    network = model.eval()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary, quiet():
+        file = Path(temporary) / target.name
+        write, run = _FORMATS[format]
+        write(network, example, file, precision, dynamic_batch, batches, metadata)
+        sample = batches[0][: len(example)] if batches else example  # real images: int8 is made for no others
+        _compare(network, run(file, sample), sample, precision)
+        for part in sorted(Path(temporary).iterdir(), reverse=True):  # OpenVINO's .xml last: it names the .bin
+            shutil.move(part, target.with_suffix(part.suffix))
+    return metadata
+
+
+def _compare(model: nn.Module, found: Any, images: torch.Tensor, precision: str) -> None:
+    expected = model(images)
+    difference = ((torch.as_tensor(np.asarray(found)) - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= TOLERANCES[precision]:
+        raise RuntimeError(
+            f"nothing written: the file's outputs differ by {difference:.2g} of the largest, more than "
+            f"{TOLERANCES[precision]}"
+        )
+
+
+def _onnx(model, example, file, precision, dynamic, batches, metadata):
+    import onnx
+
+    network = onnx_program(model, example, fixed=not dynamic)
+    if precision == "int8":
+        import nncf
+
+        name = network.graph.input[0].name
+        data = nncf.Dataset([{name: batch.numpy()} for batch in batches])
+        network = nncf.quantize(network, data, subset_size=len(batches))
+    onnx.helper.set_model_props(network, {key: json.dumps(value) for key, value in metadata.items()})
+    onnx.checker.check_model(network)
+    onnx.save(network, file)
+
+
+def _run_onnx(file, images):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+
+
+def _openvino(model, example, file, precision, dynamic, batches, metadata):
+    import openvino
+
+    network = openvino_model(model, example, fixed=not dynamic, batches=batches)
+    for key, value in metadata.items():
+        network.set_rt_info(json.dumps(value), ["convmixer_timm", key])
+    openvino.save_model(network, file, compress_to_fp16=False)
+
+
+def _run_openvino(file, images):
+    import openvino
+
+    return openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images.numpy())[0]
+
+
+class _InBf16(nn.Module):
+    """fp32 images in, fp32 outputs out, bf16 between."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images.bfloat16()).float()
+
+
+def _torch_export(model, example, file, precision, dynamic, batches, metadata):
+    import copy
+
+    network = _InBf16(copy.deepcopy(model).bfloat16()) if precision == "bf16" else model
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
+    program = torch.export.export(network, (example,), dynamic_shapes=shapes)
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
+
+
+def _run_torch_export(file, images):
+    return torch.export.load(file).module()(images)
+
+
+_FORMATS = {
+    "onnx": (_onnx, _run_onnx),
+    "openvino": (_openvino, _run_openvino),
+    "torch-export": (_torch_export, _run_torch_export),
+}

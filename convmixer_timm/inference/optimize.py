@@ -1,0 +1,380 @@
+"""The fastest way that a processor has to run a model, in one call: `optimize`."""
+
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import logging
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+
+from ..files import atomic_path, cache_dir
+from ..images import find_images, image_loader
+from .folding import fold_norms
+
+__all__ = ["BACKENDS", "PRECISIONS", "TOLERANCES", "OptimizedModel", "calibration_batches", "optimize", "unavailable"]
+
+_logger = logging.getLogger(__name__)
+
+PRECISIONS = ("fp32", "bf16", "int8")
+# How far outputs may be from those of the model in fp32, as a share of the largest of them.
+TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.3}
+_CALIBRATION_IMAGES = 300
+_TIMING_SECONDS = 1.0  # for each candidate
+_PARTS = (16, 4)
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+Batches = list[torch.Tensor]
+
+
+class _Candidate(NamedTuple):
+    backend: str
+    folded: bool
+    part: int | None  # images at a time: what a layer of fewer images writes is still in the cache for the next
+
+    def __str__(self) -> str:
+        return f"{self.backend}{', folded' * self.folded}{f', {self.part} at a time' if self.part else ''}"
+
+
+class OptimizedModel(nn.Module):
+    """What `optimize` returns: called like the model that it was made from.
+
+    Attributes:
+        backend: The engine that runs it.
+        precision: 'fp32', 'bf16' or 'int8'.
+        folded: Whether ConvMixer's norms are folded (`convmixer_timm.inference.folding`).
+        part: How many images the engine gets at a time; None for all.
+        times: Seconds for the example by candidate, where they were measured.
+        pretrained_cfg: The model's, so that `timm.data.resolve_model_data_config` finds its preprocessing.
+    """
+
+    def __init__(
+        self, run: Run, model: Any, precision: str, size: tuple[int, ...], fixed: int | None, choice: dict[str, Any]
+    ):
+        super().__init__()
+        self._run, self._size, self._fixed = run, size, fixed
+        self.precision = precision
+        self.backend, self.folded, self.part = self.chosen = _Candidate(*choice["chosen"])
+        self.times: dict[str, float] = choice["times"]
+        self.pretrained_cfg = getattr(model, "pretrained_cfg", {})
+        self.num_classes = getattr(model, "num_classes", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, in_chans, H, W], of the example's size, to what the model gives for them, in fp32."""
+        if tuple(x.shape[1:]) != self._size or (self._fixed and len(x) != self._fixed):
+            expected = "x".join(map(str, (self._fixed or "N", *self._size)))
+            raise ValueError(f"made for images of {expected}, got {'x'.join(map(str, x.shape))}")
+        return self._run(x.float())
+
+    def extra_repr(self) -> str:
+        return f"{self.chosen}, {self.precision}"
+
+
+def unavailable(backend: str, precision: str = "fp32") -> str | None:
+    """Why this machine can't run a model by `backend` in `precision`; None if it can."""
+    if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this processor has no bf16 instructions"
+    if precision not in BACKENDS[backend][1]:
+        others = [name for name, (_, precisions) in BACKENDS.items() if precision in precisions]
+        return f"{backend} has no {precision} here; {', '.join(others)} has"
+    if backend == "inductor":
+        compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+        return None if compiler else "inductor needs a C++ compiler (g++ or clang++)"
+    needed = {"openvino": ["openvino"], "onnxruntime": ["onnxruntime", "onnx", "onnxscript"]}[backend]
+    if backend == "openvino" and precision == "int8":
+        needed = [*needed, "nncf"]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    extra = "onnx" if backend == "onnxruntime" else backend
+    return f"{', '.join(missing)} not installed: pip install 'convmixer-timm[{extra}]'" if missing else None
+
+
+def optimize(
+    model: nn.Module,
+    example_input: torch.Tensor,
+    backend: str = "auto",
+    precision: str = "fp32",
+    calibration: Iterable | str | Path | None = None,
+    fixed_batch: bool = False,
+) -> OptimizedModel:
+    """Makes a model fast on this machine's processor.
+
+    Args:
+        model: In evaluation mode on the CPU; it stays as it is.
+        example_input: Images [N, in_chans, H, W], of the size and batch that matter most.
+        backend: 'inductor' (PyTorch's compiler, frozen, channels-last), 'openvino', 'onnxruntime', or 'auto', which
+            times those that are installed on the example, keeps the fastest and remembers it. What was chosen is
+            logged, and stands in the result's `backend`.
+        precision: 'fp32', 'bf16', or 'int8' (OpenVINO with NNCF).
+        calibration: For int8, a few hundred real images: a folder, or an iterable of batches as the model takes them
+            (of pairs with labels too, so a `DataLoader` will do).
+        fixed_batch: Make it for the example's batch size only.
+
+    Returns:
+        A module that takes images of the example's size in any number and gives the outputs of `model` within
+        `TOLERANCES` (checked on the example for fp32 and bf16).
+
+    Raises:
+        ValueError: If `backend` or `precision` is unknown, or int8 has no calibration images.
+        RuntimeError: If this machine can't do it, or the outputs differ by more than the tolerance.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
+    if example_input.device.type != "cpu" or any(p.device.type != "cpu" for p in model.parameters()):
+        raise ValueError("this is for CPUs: bring model and example to the CPU")
+    batches = list(calibration_batches(model, calibration)) if precision == "int8" else []
+    names = list(BACKENDS) if backend == "auto" else [backend]
+    reasons = {name: unavailable(name, precision) for name in names}
+    usable = [name for name in names if reasons[name] is None]
+    if not usable:
+        raise RuntimeError("; ".join(dict.fromkeys(str(reason) for reason in reasons.values())))
+
+    # Eager modes that would reach into an engine's trace are none of its business.
+    plain = copy.deepcopy(model).eval().requires_grad_(False)
+    # Quantisation has one scale a tensor, which the folded channels' different scales would spoil.
+    folded = None if precision == "int8" else fold_norms(model)
+    networks: dict[bool, nn.Module] = {False: plain, **({True: folded} if folded is not None else {})}
+    with torch.inference_mode():
+        expected = plain(example_input)
+    count = len(example_input)
+    parts = [part for part in _PARTS if part < count and not (fixed_batch and count % part)]
+    candidates = [_Candidate(*c) for c in itertools.product(usable, networks, [None, *parts])]
+
+    @functools.cache
+    def engine(name: str, fold: bool, part: int | None) -> Run:
+        with quiet():
+            return BACKENDS[name][0](networks[fold], example_input[:part], precision, fixed_batch, batches)
+
+    def build(candidate: _Candidate) -> Run:
+        name, fold, part = candidate
+        run = engine(name, fold, part if fixed_batch else None)
+        whole = run if part is None else lambda x: torch.cat([run(images) for images in x.split(part)])
+        _check(whole, example_input, expected, precision)
+        return whole
+
+    result = functools.partial(
+        OptimizedModel, model=model, precision=precision, size=tuple(example_input.shape[1:]), fixed=count * fixed_batch
+    )
+    key = _key(model, example_input, names, precision, fixed_batch)
+    known = _remembered(key)
+    if known and _Candidate(*known["chosen"]) in candidates:
+        return result(build(_Candidate(*known["chosen"])), choice=known)
+
+    runs: dict[_Candidate, Run] = {}
+    failure = None
+    for candidate in candidates:
+        try:
+            runs[candidate] = build(candidate)
+        except Exception as error:
+            failure = error
+            _logger.warning("%s left out: %s", candidate, " ".join(str(error).split()))
+    if not runs:
+        raise RuntimeError(f"{', '.join(usable)} can't run this model: {failure}") from failure
+    times = _times(runs, example_input)
+    best = min(runs, key=times.__getitem__)
+    choice = {"chosen": best, "times": {str(candidate): seconds for candidate, seconds in times.items()}}
+    _logger.info("%s runs by %s (%s)", type(model).__name__, best, choice["times"])
+    _remember(key, choice)
+    return result(runs[best], choice=choice)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Tracing warns of every shape that it fixes, which is meant."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _check(run: Run, x: torch.Tensor, expected: torch.Tensor, precision: str) -> None:
+    with torch.inference_mode():
+        found = run(x)
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= TOLERANCES[precision]:
+        raise RuntimeError(f"the outputs differ by {difference:.2g} of the largest, more than {TOLERANCES[precision]}")
+
+
+def _times(runs: dict[_Candidate, Run], x: torch.Tensor) -> dict[_Candidate, float]:
+    """Least seconds of each candidate, as other work only adds to it.
+
+    They take turns, so that a change of the machine's speed meets all; those far behind after the first are out.
+    """
+    if len(runs) == 1:
+        return dict.fromkeys(runs, float("nan"))
+    taken: dict[_Candidate, list[float]] = {key: [] for key in runs}
+
+    def turn(keys: Iterable[_Candidate]) -> None:
+        for key in keys:
+            runs[key](x)  # not timed: the threads of the engine before may still spin
+            start = time.perf_counter()
+            runs[key](x)
+            taken[key].append(time.perf_counter() - start)
+
+    turn(runs)
+    limit = 1.5 * min(min(taken.values()))
+    close = [key for key in runs if taken[key][0] <= limit]
+    end = time.perf_counter() + _TIMING_SECONDS * len(close)
+    while len(taken[close[0]]) < 3 or time.perf_counter() < end:
+        turn(close)
+    return {key: min(seconds) for key, seconds in taken.items()}
+
+
+def _key(model: nn.Module, x: torch.Tensor, names: list[str], precision: str, fixed_batch: bool) -> str:
+    """What a choice depends on: the network's shape, the input, the engines with their versions, and the machine."""
+    from importlib.metadata import version
+
+    shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
+    installed = [n for n in ("torch", "openvino", "onnxruntime", "nncf") if importlib.util.find_spec(n)]
+    machine = (platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+    parts = (type(model).__name__, shapes, tuple(x.shape), names, precision, fixed_batch, machine, _PARTS)
+    return hashlib.sha256(repr((parts, [version(n) for n in installed])).encode()).hexdigest()[:16]
+
+
+def _choices() -> Path:
+    return cache_dir() / "inference.json"
+
+
+def _remembered(key: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(_choices().read_text()).get(key)
+    except (OSError, ValueError):
+        return None
+
+
+def _remember(key: str, choice: dict[str, Any]) -> None:
+    try:
+        known = json.loads(_choices().read_text())
+    except (OSError, ValueError):
+        known = {}
+    with contextlib.suppress(OSError), atomic_path(_choices()) as temporary:  # a choice can be made again
+        temporary.write_text(json.dumps({**known, key: choice}, indent=1))
+
+
+def calibration_batches(model: Any, source: Iterable | str | Path | None) -> Iterator[torch.Tensor]:
+    """The first few hundred images of a folder or of an iterable, in batches as the model takes them.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if source is None:
+        raise ValueError("int8 needs calibration images: a folder, or batches of images")
+    count = 0
+    batches: Iterable = _from_folder(model, Path(source)) if isinstance(source, str | Path) else source
+    for batch in batches:
+        images = batch[0] if isinstance(batch, tuple | list) else batch
+        yield images.float()
+        count += len(images)
+        if count >= _CALIBRATION_IMAGES:
+            return
+    if not count:
+        raise ValueError(f"no calibration images in {source if isinstance(source, str | Path) else 'the iterable'}")
+
+
+def _from_folder(model: Any, folder: Path) -> Iterator[torch.Tensor]:
+    load = image_loader(model)
+    paths = find_images([str(folder)]) if folder.is_dir() else []
+    step = max(1, len(paths) // _CALIBRATION_IMAGES)  # from every class, as folders list one after the other
+    for path in paths[::step]:
+        yield load(path)[None]
+
+
+# Engines: each makes a function from images to outputs, both fp32 tensors.
+
+
+def _inductor(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, _: Batches) -> Run:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    network: Any = copy.deepcopy(model).to(memory_format=torch.channels_last, dtype=dtype)  # type: ignore[call-overload]
+    compiled = torch.compile(network, dynamic=False if fixed else None, options={"freezing": True})
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        x = x.to(dtype=dtype, memory_format=torch.channels_last)
+        if not fixed and len(x) > 1:  # a batch of one is compiled by itself
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        with torch.inference_mode():
+            return compiled(x).float()
+
+    return run
+
+
+def openvino_model(model: nn.Module, x: torch.Tensor, fixed: bool, batches: Batches) -> Any:
+    """An OpenVINO network; quantised where there are batches to calibrate it with."""
+    import openvino
+
+    network = openvino.convert_model(model, example_input=x)
+    network.reshape([len(x) if fixed else -1, *x.shape[1:]])
+    if batches:
+        import nncf
+
+        nncf.set_log_level(logging.ERROR)
+        network = nncf.quantize(network, nncf.Dataset([batch.numpy() for batch in batches]), subset_size=len(batches))
+    return network
+
+
+def _openvino(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, batches: Batches) -> Run:
+    import openvino
+
+    rest = "bf16" if unavailable("openvino", "bf16") is None else "f32"  # of what int8 leaves
+    hints = {
+        "PERFORMANCE_HINT": "LATENCY",  # one call at a time, with all cores
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16", "int8": rest}[precision],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    compiled = openvino.Core().compile_model(openvino_model(model, x, fixed, batches), "CPU", hints)
+    request = compiled.create_infer_request()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        result = request.infer({0: x.contiguous().numpy()}, share_inputs=True)
+        return torch.from_numpy(result[0].copy())
+
+    return run
+
+
+def onnx_program(model: nn.Module, x: torch.Tensor, fixed: bool) -> Any:
+    """The ONNX form of a model."""
+    batch = {0: torch.export.Dim.DYNAMIC}
+    example = x if fixed or len(x) > 1 else torch.cat([x, x])  # a batch of one would be taken for a constant
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=None if fixed else (batch,),
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto
+
+
+def _onnxruntime(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, _: Batches) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    content = onnx_program(model, x, fixed).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run(None, {name: x.contiguous().numpy()})[0])
+
+    return run
+
+
+BACKENDS: dict[str, tuple[Callable[..., Run], tuple[str, ...]]] = {
+    "inductor": (_inductor, ("fp32", "bf16")),
+    "openvino": (_openvino, ("fp32", "bf16", "int8")),
+    "onnxruntime": (_onnxruntime, ("fp32",)),
+}

@@ -1,0 +1,506 @@
+// The loops of a ConvMixer training step that PyTorch's CPU kernels leave slow.
+//
+//   depthwise_weight_grad   gradient of a depthwise k x k convolution's weight and bias
+//   act_norm_forward        batch-norm of an activation, plus an optional shortcut, in two passes
+//   act_norm_backward       its gradient, in two passes
+//   spatial_mixing_forward  depthwise convolution, activation, batch-norm and residual, in two passes
+//   spatial_mixing_backward its gradient, in two passes
+//
+// Activations are channels-last, [rows, channels] with rows = images x height x width, in fp32 or bf16. Everything is
+// computed in fp32, totals over rows are kept in fp64. `channels` is a multiple of 16.
+// GCC's and Clang's vector types stand for the registers, so one text serves AVX-512, AVX2 and NEON.
+// build.py builds this file at first use.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// Floats in a vector register, and how many registers may hold sums.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, SUMS = 27;
+#elif defined(__AVX__)
+constexpr int LANES = 8, SUMS = 11;
+#else
+constexpr int LANES = 4, SUMS = 11;
+#endif
+typedef float f32 __attribute__((vector_size(4 * LANES)));
+typedef uint32_t u32 __attribute__((vector_size(4 * LANES)));
+typedef uint16_t u16 __attribute__((vector_size(2 * LANES)));
+
+using Vectors = std::vector<f32>;  // aligned to the registers
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline f32 splat(float v) { return f32{} + v; }
+
+inline f32 load(const float *p) {
+    f32 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline f32 load(const bf16 *p) {
+#ifdef __AVX512F__  // GCC 12 makes two conversions of the general form
+    return (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#else
+    u16 v;
+    std::memcpy(&v, p, sizeof v);
+    return (f32)(__builtin_convertvector(v, u32) << 16);
+#endif
+}
+
+inline f32 clamp(f32 v, float limit) {
+#ifdef __AVX512F__  // GCC 12 makes a comparison and a blend of each half of the general form
+    return (f32)_mm512_max_ps((__m512)splat(-limit), _mm512_min_ps((__m512)splat(limit), (__m512)v));
+#else
+    v = v > limit ? splat(limit) : v;
+    return v < -limit ? splat(-limit) : v;
+#endif
+}
+
+inline void store(float *p, f32 v) { std::memcpy(p, &v, sizeof v); }
+
+inline void store(bf16 *p, f32 v) {  // rounds to nearest even; a NaN stays one
+#ifdef __AVX512BF16__
+    const auto half = _mm512_cvtneps_pbh((__m512)v);
+#else
+    u32 bits = (u32)v;
+    bits = v == v ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : u32{} + 0x7fc0;
+    const auto half = __builtin_convertvector(bits, u16);
+#endif
+    std::memcpy(p, &half, sizeof half);
+}
+
+// ---- depthwise convolution ----
+// One image and LANES channels at a time are copied into fp32 tiles, with a zero border where the convolution reaches over
+// the edge. They stay in the cache while R x K taps at once are worked on, as many as the registers hold.
+
+struct Shape {
+    int64_t N, C, H, W, K;
+
+    int64_t blocks() const { return C / LANES; }
+    int64_t taps() const { return K * K; }
+    int64_t index(int64_t n, int64_t b, int64_t h, int64_t w) const { return ((n * H + h) * W + w) * C + b * LANES; }
+};
+
+struct Tile {
+    int64_t width;
+    Vectors vectors;
+    float *start, *inside;
+
+    // `before`: border rows and columns before the image, of K - 1 in all.
+    Tile(const Shape &s, int64_t K, int64_t before)
+        : width(s.W + K - 1), vectors((s.H + K - 1) * width), start((float *)vectors.data()),
+          inside(start + before * (width + 1) * LANES) {}
+    float *at(int64_t h, int64_t w) { return inside + (h * width + w) * LANES; }
+};
+
+// weights[r, k] += sum over h, w of g[h, w] * x[h + r, w + k]
+struct WeightGrad {
+    template <int R, int K>
+    static void run(const float *x, int64_t x_width, float *g, int64_t g_width, int64_t H, int64_t W, float *weights) {
+        f32 a[R][K];
+        for (int r = 0; r < R; r++)
+            for (int k = 0; k < K; k++) a[r][k] = load(weights + (r * K + k) * LANES);
+        for (int64_t h = 0; h < H; h++)
+            for (int64_t w = 0; w < W; w++) {
+                const f32 gv = load(g + (h * g_width + w) * LANES);
+                const float *xv = x + (h * x_width + w) * LANES;
+#pragma GCC unroll 16
+                for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+                    for (int k = 0; k < K; k++) a[r][k] += gv * load(xv + (r * x_width + k) * LANES);
+            }
+        for (int r = 0; r < R; r++)
+            for (int k = 0; k < K; k++) store(weights + (r * K + k) * LANES, a[r][k]);
+    }
+};
+
+// g[h, w] += sum over r, k of weights[r, k] * x[h + r, w + k]
+struct Convolution {
+    template <int R, int K>
+    static void run(const float *x, int64_t x_width, float *g, int64_t g_width, int64_t H, int64_t W, float *weights) {
+        f32 a[R][K];
+        for (int r = 0; r < R; r++)
+            for (int k = 0; k < K; k++) a[r][k] = load(weights + (r * K + k) * LANES);
+        for (int64_t h = 0; h < H; h++)
+            for (int64_t w = 0; w < W; w++) {
+                float *gv = g + (h * g_width + w) * LANES;
+                const float *xv = x + (h * x_width + w) * LANES;
+                f32 sum = load(gv);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; r++) {
+                    f32 part = a[r][0] * load(xv + r * x_width * LANES);  // rows don't wait for each other
+#pragma GCC unroll 16
+                    for (int k = 1; k < K; k++) part += a[r][k] * load(xv + (r * x_width + k) * LANES);
+                    sum += part;
+                }
+                store(gv, sum);
+            }
+    }
+};
+
+template <class Op, int K>
+void all_taps(const float *x, int64_t x_width, float *g, int64_t g_width, int64_t H, int64_t W, float *weights) {
+    constexpr int R = K * K <= SUMS ? K : 2 * K > SUMS ? 1 : SUMS / K, whole = K - K % R;
+    int r = 0;
+    for (; r < whole; r += R)
+        Op::template run<R, K>(x + r * x_width * LANES, x_width, g, g_width, H, W, weights + r * K * LANES);
+    for (; r < K; r++)
+        Op::template run<1, K>(x + r * x_width * LANES, x_width, g, g_width, H, W, weights + r * K * LANES);
+}
+
+template <class Op>
+void all_taps(const Shape &s, const float *x, int64_t x_width, float *g, int64_t g_width, float *weights) {
+    switch (s.K) {
+        case 1: return all_taps<Op, 1>(x, x_width, g, g_width, s.H, s.W, weights);
+        case 2: return all_taps<Op, 2>(x, x_width, g, g_width, s.H, s.W, weights);
+        case 3: return all_taps<Op, 3>(x, x_width, g, g_width, s.H, s.W, weights);
+        case 4: return all_taps<Op, 4>(x, x_width, g, g_width, s.H, s.W, weights);
+        case 5: return all_taps<Op, 5>(x, x_width, g, g_width, s.H, s.W, weights);
+        case 6: return all_taps<Op, 6>(x, x_width, g, g_width, s.H, s.W, weights);
+        case 7: return all_taps<Op, 7>(x, x_width, g, g_width, s.H, s.W, weights);
+        case 8: return all_taps<Op, 8>(x, x_width, g, g_width, s.H, s.W, weights);
+        case 9: return all_taps<Op, 9>(x, x_width, g, g_width, s.H, s.W, weights);
+    }
+    for (int64_t r = 0; r < s.K; r++) {
+        const float *xr = x + r * x_width * LANES;
+        float *row = weights + r * s.K * LANES;
+        int64_t k = 0;
+        for (; k + 8 <= s.K; k += 8) Op::template run<1, 8>(xr + k * LANES, x_width, g, g_width, s.H, s.W, row + k * LANES);
+        for (; k < s.K; k++) Op::template run<1, 1>(xr + k * LANES, x_width, g, g_width, s.H, s.W, row + k * LANES);
+    }
+}
+
+// What each thread sums for the gradients of weights and bias, [blocks, taps + 1, LANES].
+struct WeightSums {
+    Shape s;
+    Vectors sums;
+
+    explicit WeightSums(const Shape &s) : s(s), sums(s.blocks() * (s.taps() + 1)) {}
+    float *weights(int64_t b) { return (float *)&sums[b * (s.taps() + 1)]; }
+    void add_bias(int64_t b, f32 v) { sums[b * (s.taps() + 1) + s.taps()] += v; }
+    void add_to(float *dw, float *db) {
+        for (int64_t c = 0; c < s.C; c++) {
+            const float *sum = weights(c / LANES) + c % LANES;
+            for (int64_t t = 0; t < s.taps(); t++) dw[c * s.taps() + t] += sum[t * LANES];
+            db[c] += sum[s.taps() * LANES];
+        }
+    }
+};
+
+template <class T>
+void weight_grad(int threads, const T *x, const T *g, float *dw, float *db, const Shape s) {
+#pragma omp parallel num_threads(threads)
+    {
+        WeightSums sums(s);
+        Tile x_tile(s, s.K, (s.K - 1) / 2), g_tile(s, 1, 0);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < s.N; n++)
+            for (int64_t b = 0; b < s.blocks(); b++) {
+                f32 bias = {};
+                for (int64_t h = 0; h < s.H; h++)
+                    for (int64_t w = 0; w < s.W; w++) {
+                        const int64_t i = s.index(n, b, h, w);
+                        const f32 gv = load(g + i);
+                        bias += gv;
+                        store(g_tile.at(h, w), gv);
+                        store(x_tile.at(h, w), load(x + i));
+                    }
+                all_taps<WeightGrad>(s, x_tile.start, x_tile.width, g_tile.inside, g_tile.width, sums.weights(b));
+                sums.add_bias(b, bias);
+            }
+#pragma omp critical
+        sums.add_to(dw, db);
+    }
+}
+
+// ---- activation ----
+
+// Normal distribution function and density on |z| <= 4.25 as polynomials in u = 2 z^2 / 4.25^2 - 1 (degree 8, interpolated
+// at Chebyshev nodes, highest power first): (Phi(z) - 1/2) / z and phi(z). Multiply-adds only, no exp and no division;
+// GELU is then right to 6e-5 (beyond the limit to 1.5e-5 |z|) and its slope to 4e-4, where bf16 rounds to 4e-3 of the value.
+constexpr float LIMIT = 4.25f;
+constexpr int DEGREE = 8;
+constexpr float PHI_INTEGRAL[DEGREE + 1] = {
+    2.859089398e-03f, -6.652065291e-03f, 7.917809609e-03f, -1.374244715e-02f, 2.592862545e-02f,
+    -3.950270010e-02f, 5.564953488e-02f, -8.074656354e-02f, 1.659364939e-01f};
+constexpr float PHI[DEGREE + 1] = {
+    3.080016809e-02f, -6.122312562e-02f, 4.166466201e-02f, -4.543559216e-02f, 7.836638980e-02f,
+    -7.351879861e-02f, 4.427358050e-02f, -1.920407359e-02f, 4.363138971e-03f};
+
+// Even and odd powers apart: half the steps that wait for the one before.
+inline f32 polynomial(const float *coefficients, f32 u) {
+    const f32 v = u * u;
+    f32 even = splat(coefficients[0]), odd = splat(coefficients[1]);
+#pragma GCC unroll 16
+    for (int i = 2; i <= DEGREE; i += 2) even = even * v + coefficients[i];
+#pragma GCC unroll 16
+    for (int i = 3; i < DEGREE; i += 2) odd = odd * v + coefficients[i];
+    return even + u * odd;
+}
+
+struct Activated {
+    f32 value, slope;
+};
+
+struct Relu {
+    static Activated at(f32 z) { return {z < 0.f ? f32{} : z, z > 0.f ? splat(1.f) : f32{}}; }
+};
+
+struct Gelu {  // the exact one, z Phi(z)
+    static Activated at(f32 z) {
+        const f32 inside = clamp(z, LIMIT), u = inside * inside * (2 / (LIMIT * LIMIT)) - 1.f;
+        const f32 cdf = 0.5f + inside * polynomial(PHI_INTEGRAL, u);
+        return {z * cdf, cdf + inside * polynomial(PHI, u)};
+    }
+};
+
+// ---- activation, then batch-norm with the batch's own statistics; bf16 only ----
+
+constexpr int64_t CHUNK = 32;  // rows summed in fp32 before they join an fp64 total
+
+// Sums over rows, for each channel, of the two vectors that `terms(row x channels + channel, channel)` gives.
+template <class Terms>
+std::vector<double> column_sums(int threads, int64_t rows, int64_t C, Terms terms) {
+    const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
+    std::vector<double> totals(2 * C);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<double> mine(2 * C);
+        Vectors part(2 * C / LANES);
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < chunks; k++) {
+            const int64_t end = (k + 1) * CHUNK < rows ? (k + 1) * CHUNK : rows;
+            for (auto &v : part) v = f32{};
+            for (int64_t r = k * CHUNK; r < end; r++)
+                for (int64_t c = 0; c < C; c += LANES) terms(r * C + c, c, part[2 * c / LANES], part[2 * c / LANES + 1]);
+            for (int64_t c = 0; c < C; c++) {
+                mine[c] += part[c / LANES * 2][c % LANES];
+                mine[C + c] += part[c / LANES * 2 + 1][c % LANES];
+            }
+        }
+#pragma omp critical
+        for (int64_t c = 0; c < 2 * C; c++) totals[c] += mine[c];
+    }
+    return totals;
+}
+
+// y = gamma (a - mean) / sqrt(var + eps) + beta [+ shortcut] with a = act(z), from the totals of a and a^2; writes mean and
+// (biased) var too.
+template <class Act>
+void normalise(int threads, const std::vector<double> &totals, const bf16 *z, const bf16 *shortcut, const float *gamma,
+               const float *beta, bf16 *y, float *mean, float *var, int64_t rows, int64_t C, double eps) {
+    std::vector<float> scale(C), shift(C);
+    for (int64_t c = 0; c < C; c++) {
+        const double m = totals[c] / rows, v = totals[C + c] / rows - m * m;
+        mean[c] = m;
+        var[c] = v < 0 ? 0 : v;
+        scale[c] = gamma[c] / std::sqrt(var[c] + eps);
+        shift[c] = beta[c] - m * scale[c];
+    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < C; c += LANES) {
+            const int64_t i = r * C + c;
+            f32 v = Act::at(load(z + i)).value * load(&scale[c]) + load(&shift[c]);
+            if (shortcut) v += load(shortcut + i);
+            store(y + i, v);
+        }
+}
+
+template <class Act>
+void forward(int threads, const bf16 *z, const bf16 *shortcut, const float *gamma, const float *beta, bf16 *y, float *mean,
+             float *var, int64_t rows, int64_t C, double eps) {
+    const auto totals = column_sums(threads, rows, C, [=](int64_t i, int64_t, f32 &first, f32 &second) {
+        const f32 a = Act::at(load(z + i)).value;
+        first += a;
+        second += a * a;
+    });
+    normalise<Act>(threads, totals, z, shortcut, gamma, beta, y, mean, var, rows, C, eps);
+}
+
+// With xhat = (a - mean) rstd: dgamma = sum dy xhat, dbeta = sum dy,
+// dz = act'(z) gamma rstd (dy - dbeta / rows - xhat dgamma / rows), written as act'(z) (A dy + B a + D).
+template <class Act>
+struct InputGrad {
+    std::vector<float> A, B, D;
+
+    InputGrad(int threads, const bf16 *z, const bf16 *dy, const float *gamma, const float *mean, const float *var,
+              float *dgamma, float *dbeta, int64_t rows, int64_t C, double eps)
+        : A(C), B(C), D(C) {
+        const auto totals = column_sums(threads, rows, C, [=](int64_t i, int64_t c, f32 &first, f32 &second) {
+            const f32 d = load(dy + i);
+            first += d;
+            second += d * (Act::at(load(z + i)).value - load(mean + c));
+        });
+        for (int64_t c = 0; c < C; c++) {
+            const double rstd = 1 / std::sqrt(var[c] + eps), a = gamma[c] * rstd;
+            const double b = -a * rstd * rstd * totals[C + c] / rows;
+            dbeta[c] = totals[c];
+            dgamma[c] = totals[C + c] * rstd;
+            A[c] = a;
+            B[c] = b;
+            D[c] = -a * totals[c] / rows - b * mean[c];
+        }
+    }
+    f32 at(f32 z, f32 dy, int64_t c) const {
+        const Activated a = Act::at(z);
+        return (load(&A[c]) * dy + load(&B[c]) * a.value + load(&D[c])) * a.slope;
+    }
+};
+
+template <class Act>
+void backward(int threads, const bf16 *z, const bf16 *dy, const float *gamma, const float *mean, const float *var, bf16 *dz,
+              float *dgamma, float *dbeta, int64_t rows, int64_t C, double eps) {
+    const InputGrad<Act> grad(threads, z, dy, gamma, mean, var, dgamma, dbeta, rows, C, eps);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < C; c += LANES) {
+            const int64_t i = r * C + c;
+            store(dz + i, grad.at(load(z + i), load(dy + i), c));
+        }
+}
+
+// ---- depthwise convolution, activation, batch-norm [and residual] as one; bf16 only ----
+// Forwards the convolution's pass over memory takes the totals that the norm needs. Backwards the gradient of the
+// convolution's output lives in a tile only: both convolutions that need it are made there.
+
+// Filters [C, K, K] as [blocks, taps, LANES], on request turned by 180 degrees.
+Vectors by_block(const float *weight, const Shape &s, bool turned) {
+    Vectors out(s.blocks() * s.taps());
+    for (int64_t c = 0; c < s.C; c++)
+        for (int64_t t = 0; t < s.taps(); t++)
+            out[c / LANES * s.taps() + (turned ? s.taps() - 1 - t : t)][c % LANES] = weight[c * s.taps() + t];
+    return out;
+}
+
+template <class Act>
+void mixing_forward(int threads, const bf16 *x, const float *weight, const float *bias, const float *gamma,
+                    const float *beta, bool residual, bf16 *z, bf16 *y, float *mean, float *var, const Shape s, double eps) {
+    Vectors filters = by_block(weight, s, false);
+    std::vector<double> totals(2 * s.C);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<double> mine(2 * s.C);
+        Tile x_tile(s, s.K, (s.K - 1) / 2), z_tile(s, 1, 0);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < s.N; n++)
+            for (int64_t b = 0; b < s.blocks(); b++) {
+                const int64_t c = b * LANES;
+                for (int64_t h = 0; h < s.H; h++)
+                    for (int64_t w = 0; w < s.W; w++) {
+                        store(x_tile.at(h, w), load(x + s.index(n, b, h, w)));
+                        store(z_tile.at(h, w), load(bias + c));
+                    }
+                all_taps<Convolution>(s, x_tile.start, x_tile.width, z_tile.inside, z_tile.width,
+                                      (float *)&filters[b * s.taps()]);
+                for (int64_t h = 0; h < s.H; h++) {
+                    f32 first = {}, second = {};
+                    for (int64_t w = 0; w < s.W; w++) {
+                        const int64_t i = s.index(n, b, h, w);
+                        store(z + i, load(z_tile.at(h, w)));
+                        const f32 a = Act::at(load(z + i)).value;  // of the rounded z, as in every other pass
+                        first += a;
+                        second += a * a;
+                    }
+                    for (int l = 0; l < LANES; l++) {
+                        mine[c + l] += first[l];
+                        mine[s.C + c + l] += second[l];
+                    }
+                }
+            }
+#pragma omp critical
+        for (int64_t c = 0; c < 2 * s.C; c++) totals[c] += mine[c];
+    }
+    normalise<Act>(threads, totals, z, residual ? x : nullptr, gamma, beta, y, mean, var, s.N * s.H * s.W, s.C, eps);
+}
+
+// dx, or dw and db, may be null: nobody needs them.
+template <class Act>
+void mixing_backward(int threads, const bf16 *x, const bf16 *z, const bf16 *dy, const float *weight, const float *gamma,
+                     const float *mean, const float *var, bool residual, bf16 *dx, float *dw, float *db, float *dgamma,
+                     float *dbeta, const Shape s, double eps) {
+    const InputGrad<Act> grad(threads, z, dy, gamma, mean, var, dgamma, dbeta, s.N * s.H * s.W, s.C, eps);
+    Vectors filters = by_block(weight, s, true);
+#pragma omp parallel num_threads(threads)
+    {
+        WeightSums sums(s);
+        Tile x_tile(s, s.K, (s.K - 1) / 2), dz_tile(s, s.K, s.K / 2), dx_tile(s, 1, 0);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < s.N; n++)
+            for (int64_t b = 0; b < s.blocks(); b++) {
+                const int64_t c = b * LANES;
+                f32 bias = {};
+                for (int64_t h = 0; h < s.H; h++)
+                    for (int64_t w = 0; w < s.W; w++) {
+                        const int64_t i = s.index(n, b, h, w);
+                        const f32 dyv = load(dy + i), dz = grad.at(load(z + i), dyv, c);
+                        bias += dz;
+                        store(dz_tile.at(h, w), dz);
+                        store(dx_tile.at(h, w), residual ? dyv : f32{});
+                        store(x_tile.at(h, w), load(x + i));
+                    }
+                if (dw) {
+                    all_taps<WeightGrad>(s, x_tile.start, x_tile.width, dz_tile.inside, dz_tile.width,
+                                         sums.weights(b));
+                    sums.add_bias(b, bias);
+                }
+                if (!dx) continue;
+                all_taps<Convolution>(s, dz_tile.start, dz_tile.width, dx_tile.inside, dx_tile.width,
+                                      (float *)&filters[b * s.taps()]);
+                for (int64_t h = 0; h < s.H; h++)
+                    for (int64_t w = 0; w < s.W; w++) store(dx + s.index(n, b, h, w), load(dx_tile.at(h, w)));
+            }
+        if (dw) {
+#pragma omp critical
+            sums.add_to(dw, db);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void depthwise_weight_grad(int is_bf16, int threads, const void *x, const void *g, float *dw, float *db, int64_t N,
+                           int64_t C, int64_t H, int64_t W, int64_t K) {
+    const Shape s{N, C, H, W, K};
+    if (is_bf16) weight_grad(threads, (const bf16 *)x, (const bf16 *)g, dw, db, s);
+    else weight_grad(threads, (const float *)x, (const float *)g, dw, db, s);
+}
+
+void act_norm_forward(int gelu, int threads, const bf16 *z, const bf16 *shortcut, const float *gamma, const float *beta,
+                      bf16 *y, float *mean, float *var, int64_t rows, int64_t C, double eps) {
+    (gelu ? forward<Gelu> : forward<Relu>)(threads, z, shortcut, gamma, beta, y, mean, var, rows, C, eps);
+}
+
+void act_norm_backward(int gelu, int threads, const bf16 *z, const bf16 *dy, const float *gamma, const float *mean,
+                       const float *var, bf16 *dz, float *dgamma, float *dbeta, int64_t rows, int64_t C, double eps) {
+    (gelu ? backward<Gelu> : backward<Relu>)(threads, z, dy, gamma, mean, var, dz, dgamma, dbeta, rows, C, eps);
+}
+
+void spatial_mixing_forward(int gelu, int residual, int threads, const bf16 *x, const float *weight, const float *bias,
+                            const float *gamma, const float *beta, bf16 *z, bf16 *y, float *mean, float *var, int64_t N,
+                            int64_t C, int64_t H, int64_t W, int64_t K, double eps) {
+    (gelu ? mixing_forward<Gelu> : mixing_forward<Relu>)(threads, x, weight, bias, gamma, beta, residual, z, y, mean, var,
+                                                         Shape{N, C, H, W, K}, eps);
+}
+
+void spatial_mixing_backward(int gelu, int residual, int threads, const bf16 *x, const bf16 *z, const bf16 *dy,
+                             const float *weight, const float *gamma, const float *mean, const float *var, bf16 *dx,
+                             float *dw, float *db, float *dgamma, float *dbeta, int64_t N, int64_t C, int64_t H, int64_t W,
+                             int64_t K, double eps) {
+    (gelu ? mixing_backward<Gelu> : mixing_backward<Relu>)(threads, x, z, dy, weight, gamma, mean, var, residual, dx, dw, db,
+                                                           dgamma, dbeta, Shape{N, C, H, W, K}, eps);
+}
+
+}  // extern "C"

@@ -1,0 +1,1 @@
+"""timm's scripts, run with this package's variants, recipes and settings."""

@@ -1,0 +1,72 @@
+"""timm's scripts (train, validate, inference, benchmark, …), found and run with the ConvMixer variants registered.
+
+They live at the top of timm's repository and are not in its wheel.
+"""
+
+import os
+import runpy
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from ..files import atomic_path, cache_dir
+from .compat import mend_cpu_ddp, mend_mixup_off, mend_resumed_summary
+
+__all__ = ["find_script", "run_script"]
+
+REPOSITORY = "huggingface/pytorch-image-models"
+BASE_URL = f"https://raw.githubusercontent.com/{REPOSITORY}"
+
+
+def find_script(name: str, folder: str | Path | None = None) -> Path:
+    """The file of one of timm's scripts: from `folder`, else ``$TIMM_SCRIPTS``, else downloaded once.
+
+    The download is the file of the installed timm's version tag, kept in the user's cache; a line on stderr says so.
+
+    Args:
+        name: 'train', 'validate', …, with or without '.py'.
+        folder: A clone of timm's repository.
+
+    Raises:
+        FileNotFoundError: If the folder has no such script.
+        ConnectionError: If it can't be downloaded; the message tells how to use a clone instead.
+    """
+    import timm
+
+    filename = f"{name.removesuffix('.py')}.py"
+    folder = folder or os.environ.get("TIMM_SCRIPTS")
+    if folder:
+        path = Path(folder).expanduser() / filename
+        if not path.is_file():
+            found = ", ".join(sorted(p.stem for p in path.parent.glob("*.py"))) or "none"
+            raise FileNotFoundError(f"No timm script {filename!r} in {path.parent} (scripts there: {found}).")
+        return path
+    tag = f"v{timm.__version__}"
+    path = cache_dir() / "timm-scripts" / tag / filename
+    if not path.exists():
+        url = f"{BASE_URL}/{tag}/{filename}"
+        print(f"Downloading {url} to {path}", file=sys.stderr)
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response, atomic_path(path) as temporary:
+                temporary.write_bytes(response.read())
+        except (urllib.error.URLError, OSError) as error:
+            reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else error
+            raise ConnectionError(
+                f"timm's {filename} could not be downloaded ({reason}). Clone https://github.com/{REPOSITORY} "
+                "and name the clone with --timm-scripts DIR or in $TIMM_SCRIPTS."
+            ) from error
+    return path
+
+
+def run_script(path: Path, args: list[str]) -> None:
+    """Runs a script in this process as ``python path args…`` would, but without its folder on ``sys.path``.
+
+    So a clone's own ``timm/`` doesn't take the place of the installed timm. What the script raises passes through,
+    `SystemExit` and `KeyboardInterrupt` too.
+    """
+    mend_cpu_ddp()
+    mend_mixup_off()
+    mend_resumed_summary()
+    sys.argv = [str(path), *args]
+    runpy.run_path(str(path), run_name="__main__")

@@ -1,0 +1,149 @@
+"""A training run packed as a checkpoint folder."""
+
+import shutil
+from argparse import Namespace
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from convmixer_timm.convmixer import WEIGHTS_DIR
+from convmixer_timm.hub.cards import Evaluation, adopt_card, make_card, merge_cards
+from convmixer_timm.hub.packing import pack_run
+
+SOURCE = WEIGHTS_DIR / "convmixer_128_4.e10_cifar10"
+EVALUATION = Evaluation(top1=81.25, top5=98.5, data="those")
+
+
+def make_run(folder, **changes):
+    """An output folder as timm's train.py leaves it, with its machine's paths in the arguments."""
+    folder.mkdir(parents=True)
+    args = yaml.safe_load((SOURCE / "args.yaml").read_text())
+    args |= {"data_dir": str(folder / "images"), "output": str(folder.parent), "resume": str(folder / "last.pth.tar")}
+    args |= changes
+    (folder / "args.yaml").write_text(yaml.safe_dump(args))
+    shutil.copy(SOURCE / "summary.csv", folder)
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "convmixer_128_4", num_classes=args["num_classes"], in_chans=args["in_chans"], **args["model_kwargs"]
+    )
+    torch.save({"state_dict": model.state_dict(), "epoch": 9, "args": Namespace(**args)}, folder / "last.pth.tar")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run", model_kwargs={"depth": 2}, num_classes=10)
+
+
+def test_packed_run_loads_and_has_its_card(run, tmp_path):
+    target = tmp_path / "convmixer_128_4.mine"
+    for _ in range(2):  # the second replaces the first
+        pack_run(run, target, evaluation=EVALUATION, labels=[*"abcdefghij"], cost=", 2.0 hours on one core")
+    files = sorted(p.name for p in target.iterdir())
+    assert [f for f in files if not f.endswith(".png")] == [
+        "README.md",
+        "args.yaml",
+        "config.json",
+        "model.safetensors",
+        "summary.csv",
+    ]
+    assert [f for f in files if f.endswith(".png")] == ["curve.png", "depthwise_kernels.png", "patch_filters.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["convmixer_128_4.mine", "run"]
+    model = timm.create_model(f"local-dir:{target}", pretrained=True)
+    assert len(model.blocks) == 2
+    assert model.pretrained_cfg["tag"] == "mine"
+    weights = torch.load(run / "last.pth.tar", weights_only=False)["state_dict"]
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert not [p.name for p in target.iterdir() if str(tmp_path).encode() in p.read_bytes()]
+    assert yaml.safe_load((target / "args.yaml").read_text())["resume"] == ""  # else the card's command would fail
+    card = ModelCard.load(target / "README.md")
+    assert card.data.license == "mit"
+    assert card.data.library_name == "timm"
+    assert {r.metric_name: r.metric_value for r in card.data.eval_results} == {
+        "Top 1 Accuracy": 81.25,
+        "Top 5 Accuracy": 98.5,
+    }
+    assert "import convmixer_timm" in card.text
+    assert "| 81.25 | 98.50 | those |" in card.text
+    assert "2.0 hours on one core" in card.text
+    assert "from the weights of" not in card.text
+    assert model.pretrained_cfg["label_names"] == [*"abcdefghij"]
+
+
+def test_a_card_says_how_to_repeat_a_run_that_was_resumed_with_other_settings(run, tmp_path):
+    target = tmp_path / "convmixer_128_4.mine"
+    pack_run(run, target, labels=[*"abcdefghij"], again="Twice, the second time in full size.")
+    card = (target / "README.md").read_text()
+    assert "Twice, the second time in full size." in card
+    assert "--config args.yaml" not in card
+
+
+def test_averaged_weights_and_the_best_epoch(run, tmp_path):
+    last = torch.load(run / "last.pth.tar", weights_only=False)
+    averaged = {k: v + 1 if v.is_floating_point() else v for k, v in last["state_dict"].items()}
+    torch.save({**last, "state_dict_ema": averaged}, run / "last.pth.tar")
+    torch.save({**last, "epoch": 4}, run / "model_best.pth.tar")
+    pack_run(run, tmp_path / "best")
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "epoch 5 of 10, the best on the validation images" in card
+    assert "| 77.98 |" in card
+    for ema, name, bias in ((None, "ema", averaged), (True, "ema", averaged), (False, "raw", last["state_dict"])):
+        pack_run(run, tmp_path / name, checkpoint="last.pth.tar", ema=ema)
+        assert torch.equal(load_file(tmp_path / name / "model.safetensors")["head.bias"], bias["head.bias"])
+        assert ("averaged (EMA)" in (tmp_path / name / "README.md").read_text()) == (name == "ema")
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"model": "convmixer_128_4.e10_cifar10", "pretrained": True}, "convmixer_128_4.e10_cifar10"),
+        ({"initial_checkpoint": "somewhere/mine.safetensors"}, "mine.safetensors"),
+    ],
+)
+def test_card_says_what_the_run_started_from(tmp_path, changes, start):
+    run = make_run(tmp_path / "run", **changes)
+    pack_run(run, tmp_path / "convmixer_128_4.tuned", labels=[*"abcdefghij"])
+    assert f", from the weights of `{start}`." in (tmp_path / "convmixer_128_4.tuned" / "README.md").read_text()
+
+
+def test_preprocessing_and_channels_travel(tmp_path):
+    changes = {"in_chans": 1, "num_classes": 3, "img_size": 48, "mean": [0.5], "std": [0.25], "crop_pct": 0.9}
+    run = make_run(tmp_path / "run", **changes)
+    pack_run(run, tmp_path / "grey")
+    model = timm.create_model(f"local-dir:{tmp_path / 'grey'}", pretrained=True)
+    config = timm.data.resolve_model_data_config(model)
+    assert tuple(config["input_size"]) == (1, 48, 48)
+    assert (config["mean"], config["std"], config["crop_pct"]) == ([0.5], [0.25], 0.9)
+    assert model(torch.zeros(1, 1, 48, 48)).shape == (1, 3)
+    assert "label_names" not in model.pretrained_cfg  # CIFAR-10's would be wrong
+
+
+def test_cards_merge():
+    model = timm.create_model("convmixer_128_4")
+    new = make_card(model, "new", "hf-hub:a/new")
+    assert merge_cards(new, new) == new
+    foreign = "---\nlicense: bsd\n---\nWritten by hand.\n"
+    merged = merge_cards(new, foreign)
+    assert merged.index("Written by hand.") < merged.index("# new")
+    assert "license: bsd" in merged and "library_name: timm" in merged
+    assert merge_cards(new, merged) == merged
+    adopted = adopt_card(foreign, new)
+    assert "# new" not in adopted and "Written by hand." in adopted and "license: bsd" in adopted
+    assert merge_cards(adopted, adopted) == adopted == adopt_card(adopted, new)
+
+
+def test_what_is_missing_is_named_and_the_old_folder_stays(run, tmp_path):
+    target = tmp_path / "convmixer_128_4.mine"
+    pack_run(run, target)
+    with pytest.raises(ValueError, match="no averaged weights"):
+        pack_run(run, target, ema=True)
+    with pytest.raises(ValueError, match="10 classes, and the labels are 2"):
+        pack_run(run, target, labels=["ant", "bee"])
+    (run / "last.pth.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no last\.pth\.tar"):
+        pack_run(run, target)
+    assert (target / "model.safetensors").exists()

@@ -1,0 +1,109 @@
+"""`convmixer-timm export`: files for other programs, compared with the model before they are there."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from convmixer_timm.cli import main
+from convmixer_timm.inference import export as export_module
+from convmixer_timm.inference.export import export
+from convmixer_timm.inference.optimize import TOLERANCES, calibration_batches, unavailable
+
+from ..conftest import IMAGES
+
+NAME = "convmixer_128_4.e10_cifar10"
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
+CASES = [
+    (format, precision)
+    for format, precisions in export_module.FORMATS.items()
+    for precision in precisions
+    if precision != "bf16" or unavailable("inductor", "bf16") is None
+]
+
+
+def read(format, file):
+    """Metadata and a function, by means of the format's own library."""
+    if format == "torch-export":
+        extra = {"metadata.json": ""}
+        program = torch.export.load(file, extra_files=extra)
+        return json.loads(extra["metadata.json"]), program.module()
+    if format == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        properties = session.get_modelmeta().custom_metadata_map
+        return properties, lambda x: torch.tensor(session.run(None, {"images": x.numpy()})[0])
+    openvino = pytest.importorskip("openvino")
+    network = openvino.Core().read_model(file)
+    properties = {key: value.value for key, value in network.get_rt_info()["convmixer_timm"].items()}
+    compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return properties, lambda x: torch.tensor(compiled(x.numpy())[0])
+
+
+@pytest.mark.parametrize("format, precision", CASES)
+def test_file_computes_the_same_and_knows_its_images(format, precision, tmp_path, capsys):
+    file = tmp_path / f"model{SUFFIXES[format]}"
+    calibration = ["--calibration", str(IMAGES)] if precision == "int8" else []
+    args = ["--format", format, "--precision", precision, "--dynamic-batch", *calibration, "-o", str(file)]
+    assert main(["export", NAME, *args]) == 0
+    assert "images of Nx3x32x32, outputs compared" in capsys.readouterr().out
+    parts = {file.name} | ({"model.bin"} if format == "openvino" else set())
+    assert {path.name for path in tmp_path.iterdir()} == parts
+
+    metadata, run = read(format, file)
+    metadata = {k: json.loads(v) if isinstance(v, str) and format != "torch-export" else v for k, v in metadata.items()}
+    assert metadata["architecture"] == "convmixer_128_4"
+    assert metadata["precision"] == precision
+    assert metadata["input_size"] == [3, 32, 32]
+    assert metadata["mean"] == [0.4914, 0.4822, 0.4465]
+    assert metadata["crop_pct"] == 1.0
+    assert metadata["interpolation"] == "bicubic"
+    assert metadata["label_names"][8] == "ship"
+
+    model = timm.create_model(NAME, pretrained=True).eval()
+    images = torch.cat(list(calibration_batches(model, IMAGES)))
+    with torch.no_grad():
+        expected = model(images)
+        for batch in (1, 7, 30):
+            difference = (run(images[:batch]) - expected[:batch]).abs().max()
+            assert difference <= TOLERANCES[precision] * expected.abs().max()
+
+
+def test_fixed_batch_of_a_local_checkpoint(tmp_path, capsys):
+    timm.models.save_for_hf(timm.create_model("convmixer_128_4", num_classes=2), str(tmp_path), safe_serialization=True)
+    file = tmp_path / "out" / "model.pt2"
+    assert main(["export", f"local-dir:{tmp_path}", "--format", "torch-export", "-o", str(file)]) == 0
+    assert "images of 1x3x32x32" in capsys.readouterr().out
+    _, run = read("torch-export", file)
+    assert run(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    with pytest.raises((RuntimeError, AssertionError)):
+        run(torch.zeros(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--format", "onnx", "-o", "model.xml"], "must end in .onnx"),
+        (["--format", "onnx", "--precision", "bf16", "-o", "model.onnx"], "written in fp32 or int8"),
+        (["--format", "openvino", "--precision", "int8", "-o", "model.xml"], "int8 needs calibration images"),
+    ],
+)
+def test_bad_arguments_are_named(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", NAME, *args]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_file_never_appears(tmp_path, monkeypatch):
+    model = timm.create_model(NAME, pretrained=True).eval()
+    target = tmp_path / "model.pt2"
+    target.write_text("an older file")
+    write, run = export_module._FORMATS["torch-export"]
+    broken = {"torch-export": (write, lambda file, images: run(file, images) + 1)}
+    monkeypatch.setattr(export_module, "_FORMATS", broken)
+    with pytest.raises(RuntimeError, match="nothing written"):
+        export(model, target, "torch-export")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+    assert target.read_text() == "an older file"

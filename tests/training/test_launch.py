@@ -1,0 +1,135 @@
+"""Recipes and the process that trains with them."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from convmixer_timm.cli import main
+from convmixer_timm.training.launch import RECIPES, allocator_settings, recipes, train_arguments
+
+from ..conftest import torchrun
+from .test_scripts import data, run, summary  # noqa: F401  `data` is a fixture
+
+SMALL = "--model convmixer_128_4.e10_cifar10 -b 10 --val-split validation --device cpu -j 1".split()
+
+
+def train(*args):
+    return [sys.executable, "-m", "convmixer_timm", "train", *map(str, args)]
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_option_of_a_recipe_is_one_of_train_py(name, timm_scripts):
+    options = (timm_scripts / "train.py").read_text()
+    for key in yaml.safe_load((RECIPES / f"{name}.yaml").read_text()):
+        assert f"'--{key.replace('_', '-')}'" in options, key
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_trains(name, timm_scripts, data, tmp_path):  # noqa: F811
+    args = [name, "--data-dir", data, *SMALL, "--num-classes", "10", "--input-size", "3", "32", "32", "--epochs", "1"]
+    args += ["--amp-dtype", "bfloat16", "--output", tmp_path]  # in1k's float16 is for GPUs
+    run(train(*args), TIMM_SCRIPTS=str(timm_scripts))
+    assert [row["epoch"] for row in summary(tmp_path / name)] == ["0"]
+
+
+def test_an_interrupted_run_goes_on_by_the_same_command(timm_scripts, data, tmp_path):  # noqa: F811
+    args = ["cifar10_e25", "--data-dir", data, *SMALL, "--epochs", "4", "--model-ema", "--output", tmp_path]
+    folder = tmp_path / "cifar10_e25"
+    env = {**os.environ, "TIMM_SCRIPTS": str(timm_scripts), "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(train(*args), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint-1.pth.tar").exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    done = [row["epoch"] for row in summary(folder)]
+    assert done[:2] == ["0", "1"]
+    second = run(train(*args), TIMM_SCRIPTS=str(timm_scripts))
+    assert f"Resuming from {folder / 'last.pth.tar'}" in second.stderr
+    assert "Train: 0 [" not in second.stderr
+    assert "Train: 1 [" not in second.stderr
+    rows = summary(folder)
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
+    assert float(rows[-1]["lr"]) < float(rows[1]["lr"])  # the schedule went on, too
+
+
+def test_two_processes_train_a_recipe(timm_scripts, data, tmp_path):  # noqa: F811
+    command = [*torchrun(2), "-m", "convmixer_timm", "train", "cifar10_e25", "--data-dir", str(data), *SMALL]
+    run([*command, "--epochs", "1", "--output", str(tmp_path)], TIMM_SCRIPTS=str(timm_scripts))
+    assert [row["epoch"] for row in summary(tmp_path / "cifar10_e25")] == ["0"]
+
+
+def test_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = train_arguments("cifar10_e25", ["--seed", "3", "--device", "cuda:1"])
+    assert args[0] == "--config"
+    assert args[-4:] == ["--output", "output/train", "--experiment", "cifar10_e25-seed3"]
+    assert args.count("--device") == 1
+    assert "--resume" not in args
+    last = Path("output/train/mine/last.pth.tar")
+    last.parent.mkdir(parents=True)
+    last.touch()
+    assert train_arguments("cifar10_e25", ["--experiment=mine"])[-2:] == ["--resume", str(last)]
+    assert "--resume" not in train_arguments("cifar10_e25", ["--experiment=mine", "--resume="])[-2:-1]
+    own = tmp_path / "own.yaml"
+    own.write_text("epochs: 1\n")
+    assert str(own) in train_arguments(str(own), [])
+
+
+def test_unknown_recipe_is_named(capsys):
+    assert main(["train", "cifar11"]) == 1
+    err = capsys.readouterr().err
+    assert "'cifar11'" in err
+    assert "cifar10_e25" in err
+    assert main(["recipes"]) == 0
+    assert "cifar10_e25" in capsys.readouterr().out
+
+
+def test_a_users_own_allocator_is_left_alone():
+    assert allocator_settings({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"}) == {}
+    assert allocator_settings({"MALLOC_MMAP_MAX_": "5"}) == {}
+
+
+@pytest.mark.skipif(not allocator_settings({}), reason="not glibc")
+def test_settings_are_printed_and_can_be_refused(tmp_path):
+    (tmp_path / "show.py").write_text("import os; print(os.environ.get('MALLOC_MMAP_MAX_'))")
+    for options, args, shown in [
+        ([], [], "0"),
+        (["--no-cpu-settings"], [], "None"),
+        ([], ["--device", "cuda"], "None"),
+    ]:
+        command = [
+            sys.executable,
+            "-m",
+            "convmixer_timm",
+            "run",
+            *options,
+            "--timm-scripts",
+            str(tmp_path),
+            "show",
+            *args,
+        ]
+        environment = {k: v for k, v in os.environ.items() if "MALLOC" not in k and "GLIBC" not in k}
+        result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert result.stdout.strip() == shown
+        assert ("CPU settings: MALLOC_MMAP_MAX_=0" in result.stderr) == (shown == "0")
+
+
+def test_a_resumed_summary_stays_one_table(tmp_path):
+    from timm import utils
+
+    from convmixer_timm.training.compat import mend_resumed_summary
+
+    mend_resumed_summary()
+    path = tmp_path / "summary.csv"
+    for epoch in (0, 1, 1, 2):  # older train.py asks for a header whenever it starts
+        utils.update_summary(epoch, {"loss": epoch}, {"top1": 50.0}, filename=str(path), lr=0.1, write_header=True)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
