@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .version import version
 
-DEFAULT_MODEL = "convmixer_256_8.e70_cifar10"
+DEFAULT_MODEL = "convmixer_256_8.e25_cifar10"
 
 
 def _positive(text: str) -> int:

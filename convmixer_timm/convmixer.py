@@ -364,19 +364,20 @@ def _cifar10_cfg(file: str = "", **kwargs) -> dict:
     )
 
 
+# Trained on crops of 28 of the 32 pixels that are never resized, and classifies the middle 28.
+_MIDDLE: dict = {"input_size": (3, 28, 28), "crop_pct": 0.875}
+
 default_cfgs = generate_default_cfgs(
     {
         "convmixer_1536_20.in1k": _cfg(hf_hub_id="timm/"),
         "convmixer_768_32.in1k": _cfg(hf_hub_id="timm/"),
         "convmixer_1024_20_ks9_p14.in1k": _cfg(hf_hub_id="timm/"),
-        "convmixer_256_8.e70_cifar10": _cifar10_cfg(
-            file="convmixer_256_8.e70_cifar10", input_size=(3, 28, 28), crop_pct=0.875
-        ),
-        "convmixer_256_8.e25_cifar10": _cifar10_cfg(file="convmixer_256_8.e25_cifar10"),
+        "convmixer_256_8.e25_cifar10": _cifar10_cfg(file="convmixer_256_8.e25_cifar10", **_MIDDLE),
         "convmixer_256_8_ks7_p2": _cifar10_cfg(),
         "convmixer_256_8_ks9_p1": _cifar10_cfg(),
         "convmixer_256_16_ks9_p1": _cifar10_cfg(),
-        "convmixer_128_8.e25_cifar10": _cifar10_cfg(file="convmixer_128_8.e25_cifar10"),
+        "convmixer_128_8.e25_cifar10": _cifar10_cfg(file="convmixer_128_8.e25_cifar10", **_MIDDLE),
+        "convmixer_128_4.e25_cifar10": _cifar10_cfg(file="convmixer_128_4.e25_cifar10", **_MIDDLE),
         "convmixer_128_4.e10_cifar10": _cifar10_cfg(file="convmixer_128_4.e10_cifar10"),
     }
 )
