@@ -11,10 +11,16 @@ import ctypes
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import get_act_layer
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import build
 
 __all__ = ["act_norm", "can_fuse", "conv_act_norm", "has_hooks", "move_running_stats"]
+
+
+# timm's GELU differs in ignoring an argument; a user's own subclass may compute anything.
+_GELUS = (nn.GELU, get_act_layer("gelu"))
 
 
 class _ActNorm(torch.autograd.Function):
@@ -22,7 +28,7 @@ class _ActNorm(torch.autograd.Function):
     def forward(x, shortcut, gamma, beta, gelu, eps):
         channels = x.shape[1]
         y = torch.empty_like(x)
-        mean, var = torch.empty(2, channels).unbind()
+        mean, var = torch.empty(2, channels, dtype=torch.float32).unbind()
         build.library().act_norm_forward(
             int(gelu),
             torch.get_num_threads(),
@@ -52,7 +58,7 @@ class _ActNorm(torch.autograd.Function):
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
         channels = x.shape[1]
         x_grad = torch.empty_like(x)
-        gamma_grad, beta_grad = torch.empty(2, channels).unbind()
+        gamma_grad, beta_grad = torch.empty(2, channels, dtype=torch.float32).unbind()
         build.library().act_norm_backward(
             int(ctx.gelu),
             torch.get_num_threads(),
@@ -67,7 +73,7 @@ class _ActNorm(torch.autograd.Function):
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody looks at what goes into or comes out of `module`: then it has to be called as it is."""
-    return bool(
+    return _has_any_global_hook() or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
@@ -85,7 +91,7 @@ def can_fuse(x: torch.Tensor, act: nn.Module, norm: nn.Module) -> bool:
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and (type(act) is nn.ReLU or (isinstance(act, nn.GELU) and act.approximate == "none"))
+        and (type(act) is nn.ReLU or (type(act) in _GELUS and act.approximate == "none"))
         and x.numel() > x.shape[1]  # BatchNorm refuses a single value a channel, in its own words
         and not has_hooks(act)
         and not has_hooks(norm)

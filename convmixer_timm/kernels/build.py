@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..files import atomic_path, cache_dir
 
-__all__ = ["CHANNELS", "enabled", "library", "pointers", "set_fast_training", "trains_here", "transformed"]
+__all__ = ["CHANNELS", "enabled", "library", "pointers", "set_fast_training", "trains_here", "transformed", "watched"]
 
 CHANNELS = 16  # the kernels take multiples of so many channels
 
@@ -49,6 +50,13 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def watched(x: torch.Tensor) -> bool:
+    """Whether somebody stands between PyTorch's operations and their execution: a tensor subclass (fake or distributed
+    tensors), or a dispatch mode (FlopCounterMode, make_fx). They see PyTorch's own operations."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+    return not plain or (not torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None)
+
+
 def trains_here(x: torch.Tensor) -> bool:
     """Whether code that runs now, rather than is traced, compiled or transformed, trains on a CPU with `x`."""
     return (
@@ -59,6 +67,7 @@ def trains_here(x: torch.Tensor) -> bool:
         and x.device.type == "cpu"
         and torch.is_grad_enabled()
         and not transformed()
+        and not watched(x)
     )
 
 

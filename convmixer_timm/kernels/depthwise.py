@@ -42,8 +42,8 @@ def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor, kernel_size: int)
         return _folded_weight_grad(x, grad, kernel_size)
     x = x.contiguous(memory_format=torch.channels_last)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    weight_grad = torch.zeros(c, 1, kernel_size, kernel_size)
-    bias_grad = torch.zeros(c)
+    weight_grad = torch.zeros(c, 1, kernel_size, kernel_size, dtype=torch.float32)
+    bias_grad = torch.zeros(c, dtype=torch.float32)
     lib.depthwise_weight_grad(
         int(x.dtype == torch.bfloat16),
         torch.get_num_threads(),
@@ -129,11 +129,13 @@ def _fast(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and isinstance(x, torch.Tensor)  # not an FX proxy
         and x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32, torch.float64)
+        and not (x.dtype == torch.float64 and torch.is_autocast_enabled("cpu"))  # which leaves float64 alone
         and torch.is_grad_enabled()
         and weight.requires_grad
         and not torch.jit.is_tracing()
         and not torch.compiler.is_exporting()
         and not build.transformed()
+        and (torch.compiler.is_compiling() or not (build.watched(x) or build.watched(weight)))
     )
 
 

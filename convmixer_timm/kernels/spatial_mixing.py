@@ -21,7 +21,7 @@ class _SpatialMixing(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, gamma, beta, residual, gelu, eps):
         z, y = torch.empty_like(x), torch.empty_like(x)
-        mean, var = torch.empty(2, x.shape[1]).unbind()
+        mean, var = torch.empty(2, x.shape[1], dtype=torch.float32).unbind()
         build.library().spatial_mixing_forward(
             int(gelu),
             int(residual),
@@ -48,7 +48,7 @@ class _SpatialMixing(torch.autograd.Function):
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
         x_grad = torch.empty_like(x) if for_x else None
         weight_grad, bias_grad = (torch.zeros_like(t) if for_weight or for_bias else None for t in (weight, bias))
-        gamma_grad, beta_grad = torch.empty(2, x.shape[1]).unbind()
+        gamma_grad, beta_grad = torch.empty(2, x.shape[1], dtype=torch.float32).unbind()
         build.library().spatial_mixing_backward(
             int(ctx.gelu),
             int(ctx.residual),

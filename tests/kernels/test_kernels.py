@@ -423,3 +423,75 @@ def test_create_graph_works_under_autocast():
     first.square().sum().backward()
     assert weight.grad.isfinite().all()
     assert weight.grad.abs().sum() > 0
+
+
+# ---- what stands between PyTorch and the kernels ----
+
+
+def small_model():
+    torch.manual_seed(1)
+    return ConvMixer(32, 2, 5, 2, num_classes=10).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_no_gradient(way, default):
+    x = torch.randn(8, 3, 16, 16)
+    plain, other = small_model(), small_model()
+    train_step(plain, x)
+    torch.set_default_dtype(default)
+    try:
+        train_step(other, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(other.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fake_tensors_and_flop_counters_see_pytorchs_operations(autocast):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FakeTensorMode():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = ConvMixer(32, 2, 5, 2, num_classes=10)(torch.randn(8, 3, 16, 16)).sum()
+        loss.backward()
+    flops = []
+    for fast in (True, False):
+        set_fast_training(fast)
+        try:
+            with FlopCounterMode(display=False) as counter:
+                train_step(small_model(), torch.randn(8, 3, 16, 16), autocast)
+        finally:
+            set_fast_training(True)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0
+
+
+class Doubled(nn.GELU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_of_an_activation_is_called():
+    (x,) = images(2, 32, 4, 4)
+    assert act_norm.can_fuse(x, nn.GELU(), nn.BatchNorm2d(32)) == (build.library() is not None)
+    assert not act_norm.can_fuse(x, Doubled(), nn.BatchNorm2d(32))
+
+
+def test_a_global_hook_sees_every_module():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        train_step(small_model(), torch.randn(8, 3, 16, 16))
+    finally:
+        handle.remove()
+    assert seen.count(nn.GELU) + seen.count(timm.layers.get_act_layer("gelu")) == 5
+    assert seen.count(nn.BatchNorm2d) == 5
+
+
+def test_float64_under_autocast_runs():
+    model = small_model().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(4, 3, 16, 16, dtype=torch.float64)).sum().backward()
+    assert model.blocks[0][0].fn[0].weight.grad.abs().sum() > 0
