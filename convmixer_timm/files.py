@@ -1,9 +1,12 @@
 """Where this package keeps files, and how it writes them: whole or not at all."""
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +15,22 @@ __all__ = ["atomic_path", "cache_dir", "cached_sha256", "sha256"]
 
 
 def cache_dir() -> Path:
-    """The user's folder for what this package builds or downloads."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer-timm"
+    """The user's folder for what this package builds or downloads.
+
+    Without a home directory (a bare user number in a container, say) a folder of this process's own.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer-timm"
+    except RuntimeError:
+        return _private_folder()
+
+
+@functools.cache
+def _private_folder() -> Path:
+    # Never a name that somebody else could have put there before: what lies in it is run.
+    folder = tempfile.mkdtemp(prefix="convmixer-timm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -85,22 +86,36 @@ def _machine() -> str:
         return platform.processor()
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there and not cut off, which loading it would answer with a bus error."""
+    content = path.read_bytes() if path.is_file() else b""
+    if len(content) < 64 or not content.startswith(b"\x7fELF"):
+        return False
+    (table,), (size, count) = struct.unpack_from("<Q", content, 40), struct.unpack_from("<HH", content, 58)
+    return table + size * count <= len(content)  # the table of sections stands last
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they can't be built (the reason is logged at level INFO)."""
+    """The compiled kernels, or None where they can't be built (the reason is logged, once)."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if not sys.platform.startswith("linux") or not compiler:
-        _logger.info("No C++ compiler found: ConvMixer trains with PyTorch's own operations.")
+        _logger.warning(
+            "No C++ compiler found: ConvMixer trains slowly, with PyTorch's own operations. "
+            "Install g++ or name one in CXX."
+        )
         return None
     key = "\n".join([_SOURCE.read_text(), compiler, _machine(), *_FLAGS])
-    path = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
-        if not path.exists():
+        path = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        if not _is_whole(path):
             with atomic_path(path) as built:
                 command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        _logger.info("The fast kernels could not be built, ConvMixer trains without them: %s", reason.strip())
+        _logger.warning(
+            "The fast kernels could not be built, ConvMixer trains slowly, without them: %s", reason.strip()
+        )
         return None

@@ -162,6 +162,33 @@ def test_build_problems_leave_pytorchs_operations(monkeypatch, tmp_path, caplog)
         build.library.cache_clear()
 
 
+@needs_compiler
+@pytest.mark.parametrize("damage", ["empty", "half", "folder"])
+def test_a_damaged_cache_is_built_anew(monkeypatch, tmp_path, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = "from convmixer_timm.kernels.build import library; assert library() is not None"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    (built,) = (tmp_path / "convmixer-timm").iterdir()
+    content = built.read_bytes()
+    built.unlink()
+    if damage == "folder":
+        built.mkdir()
+    else:
+        built.write_bytes(content[: len(content) // 2] if damage == "half" else b"")
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert built.is_file() and len(built.read_bytes()) == len(content)
+
+
+def test_without_a_home_directory_it_builds_in_a_folder_of_its_own(monkeypatch):
+    from convmixer_timm import files
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(files.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    folder = files.cache_dir()
+    assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0
+    assert folder == files.cache_dir()
+
+
 # ---- activation and norm ----
 
 
