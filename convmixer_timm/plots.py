@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from timm.data import resolve_model_data_config
 
 from .convmixer import ConvMixer
 from .files import atomic_path
 from .images import image_loader
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise RuntimeError("pictures need matplotlib: pip install 'convmixer-timm[plot]'") from error
 
 __all__ = ["draw", "draw_curve", "draw_depthwise_kernels", "draw_heat_map", "draw_patch_filters"]
 

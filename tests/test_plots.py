@@ -1,5 +1,6 @@
 """Pictures of a model and of its training."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,12 @@ def test_curve_without_validation(tmp_path):
     summary.write_text("")
     with pytest.raises(ValueError, match="no finished epoch"):
         draw_curve(summary, tmp_path / "other.png")
+
+
+def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "convmixer_timm.plots", raising=False)
+    assert main(["plot", NAME]) == 1
+    assert capsys.readouterr().err == (
+        "convmixer-timm: error: pictures need matplotlib: pip install 'convmixer-timm[plot]'\n"
+    )
