@@ -74,11 +74,11 @@ def test_fixed_batch_of_a_local_checkpoint(tmp_path, capsys):
     timm.models.save_for_hf(timm.create_model("convmixer_128_4", num_classes=2), str(tmp_path), safe_serialization=True)
     file = tmp_path / "out" / "model.pt2"
     assert main(["export", f"local-dir:{tmp_path}", "--format", "torch-export", "-o", str(file)]) == 0
-    assert "images of 1x3x32x32" in capsys.readouterr().out
+    assert "images of 1x3x28x28" in capsys.readouterr().out
     _, run = read("torch-export", file)
-    assert run(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    assert run(torch.zeros(1, 3, 28, 28)).shape == (1, 2)
     with pytest.raises((RuntimeError, AssertionError)):
-        run(torch.zeros(2, 3, 32, 32))
+        run(torch.zeros(2, 3, 28, 28))
 
 
 @pytest.mark.parametrize(
