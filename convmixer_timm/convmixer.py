@@ -374,6 +374,7 @@ default_cfgs = generate_default_cfgs(
         "convmixer_1024_20_ks9_p14.in1k": _cfg(hf_hub_id="timm/"),
         "convmixer_256_8.e25_cifar10": _cifar10_cfg(file="convmixer_256_8.e25_cifar10", **_MIDDLE),
         "convmixer_256_8_ks7_p2": _cifar10_cfg(),
+        "convmixer_256_8_ks7_p4": _cfg(num_classes=200, input_size=(3, 64, 64), crop_pct=1.0),
         "convmixer_256_8_ks9_p1": _cifar10_cfg(),
         "convmixer_256_16_ks9_p1": _cifar10_cfg(),
         "convmixer_128_8.e25_cifar10": _cifar10_cfg(file="convmixer_128_8.e25_cifar10", **_MIDDLE),
@@ -423,6 +424,13 @@ def convmixer_256_8_ks7_p2(pretrained=False, **kwargs) -> ConvMixer:
     """ConvMixer-256/8, kernel 7, patch 2, for CIFAR-10."""
     model_args = dict(dim=256, depth=8, kernel_size=7, patch_size=2)
     return _create_convmixer("convmixer_256_8_ks7_p2", pretrained, model_args, kwargs)
+
+
+@_register
+def convmixer_256_8_ks7_p4(pretrained=False, **kwargs) -> ConvMixer:
+    """ConvMixer-256/8, kernel 7, patch 4, for the 64 pixels of Tiny-ImageNet."""
+    model_args = dict(dim=256, depth=8, kernel_size=7, patch_size=4)
+    return _create_convmixer("convmixer_256_8_ks7_p4", pretrained, model_args, kwargs)
 
 
 @_register
