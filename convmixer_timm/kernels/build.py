@@ -1,7 +1,7 @@
 """Builds ``kernels.cpp`` with the machine's C++ compiler at first use and loads it.
 
-Nothing is built at import or for inference. Where there is no compiler (or no OpenMP), `library` gives None and
-the callers take PyTorch's own operations.
+Nothing is built at import or for inference. Where there is no compiler (or no OpenMP), `available` says no and the
+layers take PyTorch's own operations.
 """
 
 import ctypes
@@ -17,13 +17,10 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..files import atomic_path, cache_dir
 
-__all__ = ["CHANNELS", "enabled", "library", "pointers", "set_fast_training", "trains_here", "transformed", "watched"]
-
-CHANNELS = 16  # the kernels take multiples of so many channels
+__all__ = ["available", "enabled", "library", "require", "set_fast_training", "transformed"]
 
 _logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -46,35 +43,9 @@ def enabled() -> bool:
 
 
 def transformed() -> bool:
-    """Whether torch.func (vmap, jvp, …) transforms what runs: it can't look into these kernels."""
+    """Whether torch.func (vmap, jvp, …) transforms what runs: the kernels' operators don't tell it how."""
     # torch has no public way to ask; torch.autograd.Function itself asks so.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def watched(x: torch.Tensor) -> bool:
-    """Whether somebody stands between PyTorch's operations and their execution: a tensor subclass (fake or distributed
-    tensors), or a dispatch mode (FlopCounterMode, make_fx). They see PyTorch's own operations."""
-    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
-    return not plain or (not torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None)
-
-
-def trains_here(x: torch.Tensor) -> bool:
-    """Whether code that runs now, rather than is traced, compiled or transformed, trains on a CPU with `x`."""
-    return (
-        enabled()
-        and not torch.compiler.is_compiling()
-        and isinstance(x, torch.Tensor)  # not an FX proxy
-        and not torch.jit.is_tracing()
-        and x.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and not transformed()
-        and not watched(x)
-    )
-
-
-def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
-    """The tensors' data as arguments of a kernel."""
-    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
 
 
 def _machine() -> str:
@@ -119,3 +90,21 @@ def library() -> ctypes.CDLL | None:
             "The fast kernels could not be built, ConvMixer trains slowly, without them: %s", reason.strip()
         )
         return None
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether the kernels are there; builds them at the first call."""
+    return library() is not None
+
+
+def require() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        RuntimeError: If they can't be built here.
+    """
+    lib = library()
+    if lib is None:
+        raise RuntimeError("convmixer_timm's kernels could not be built here (see the warning), so its operators don't run.")
+    return lib
