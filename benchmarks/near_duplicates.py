@@ -3,7 +3,7 @@
     python benchmarks/near_duplicates.py ants_bees tiny-imagenet-200 --above 0.9
 
 Pre-training on a photograph that later stands among the test images flatters fine-tuning. Each image is shrunk to
-16×16 pixels, those of the first folder twice (whole, and its central square, as datasets are made either way); the
+16 x 16 pixels, those of the first folder twice (whole, and its central square, as datasets are made either way); the
 figure is the greatest correlation of the pixels, 1 for the same picture.
 """
 
@@ -38,7 +38,7 @@ def pairs(few: Path, many: Path, above: float) -> list[tuple[float, Path, Path]]
         queries = np.array(list(pool.map(lambda f: fingerprints(f, True), files)))  # [files, 2 views, 768]
         index = np.array([views[0] for views in pool.map(lambda f: fingerprints(f, False), others)])
     found = []
-    for file, views in zip(files, queries):
+    for file, views in zip(files, queries, strict=False):
         similarity = (index @ views.T).max(1)
         found += [(float(similarity[i]), file, others[i]) for i in np.flatnonzero(similarity > above)]
     return sorted(found, reverse=True)

@@ -29,7 +29,11 @@ SETTINGS = {  # name: (whose class, channels-last, compiled, allocator set in th
     "ours compiled": ("ours", True, True, False),
 }
 # glibc's settings that keep freed memory; the package makes them itself, timm's class gets them from the environment.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 def build(whose: str, name: str):
@@ -176,7 +180,9 @@ def measure(args, batch_size: int) -> list[dict]:
             }
         )
         print(
-            "  ".join(f"{k}={v}" for k, v in rows[-1].items() if k not in ("model", "img_size", "precision", "code", "loop")),
+            "  ".join(
+                f"{k}={v}" for k, v in rows[-1].items() if k not in ("model", "img_size", "precision", "code", "loop")
+            ),
             flush=True,
         )
     return rows

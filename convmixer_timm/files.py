@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_path", "cache_dir", "cached_sha256", "sha256"]
+__all__ = ["atomic_path", "cache_dir", "cached_sha256", "private_dir", "sha256"]
 
 
 def cache_dir() -> Path:
@@ -22,11 +22,12 @@ def cache_dir() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer-timm"
     except RuntimeError:
-        return _private_folder()
+        return private_dir()
 
 
 @functools.cache
-def _private_folder() -> Path:
+def private_dir() -> Path:
+    """A new folder of this process's own, gone when it ends."""
     # Never a name that somebody else could have put there before: what lies in it is run.
     folder = tempfile.mkdtemp(prefix="convmixer-timm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

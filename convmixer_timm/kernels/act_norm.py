@@ -39,6 +39,7 @@ def _setup_context(ctx, inputs, output):
     x, shortcut, gamma, _, ctx.gelu, ctx.eps = inputs
     _, mean, var = output
     ctx.has_shortcut = shortcut is not None
+    ctx.set_materialize_grads(False)  # of the other results: zeros as large as a feature map
     ctx.mark_non_differentiable(mean, var)
     ctx.save_for_backward(x, gamma, mean, var)
 

@@ -4,6 +4,7 @@ Nothing is built at import or for inference. Where there is no compiler (or no O
 layers take PyTorch's own operations.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,14 +12,13 @@ import logging
 import os
 import platform
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from ..files import atomic_path, cache_dir
+from ..files import atomic_path, cache_dir, private_dir
 
 __all__ = ["available", "enabled", "library", "require", "set_fast_training", "transformed"]
 
@@ -28,6 +28,7 @@ _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = (
     "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-predictive-commoning -fopenmp -shared -fPIC"
 ).split()
+_SUM = hashlib.sha256().digest_size  # a library ends with its own checksum, which the loader doesn't look at
 _enabled = os.environ.get("CONVMIXER_TIMM_FAST", "1") != "0"
 
 
@@ -58,12 +59,9 @@ def _machine() -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a library is there and not cut off, which loading it would answer with a bus error."""
+    """Whether a library is there as it was built; loading a damaged one may end the process."""
     content = path.read_bytes() if path.is_file() else b""
-    if len(content) < 64 or not content.startswith(b"\x7fELF"):
-        return False
-    (table,), (size, count) = struct.unpack_from("<Q", content, 40), struct.unpack_from("<HH", content, 58)
-    return table + size * count <= len(content)  # the table of sections stands last
+    return hashlib.sha256(content[:-_SUM]).digest() == content[-_SUM:]
 
 
 @functools.cache
@@ -76,20 +74,33 @@ def library() -> ctypes.CDLL | None:
             "Install g++ or name one in CXX."
         )
         return None
-    key = "\n".join([_SOURCE.read_text(), compiler, _machine(), *_FLAGS])
+    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), compiler, _machine(), *_FLAGS])
+    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
-        path = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-        if not _is_whole(path):
-            with atomic_path(path) as built:
-                command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(built)]
-                subprocess.run(command, check=True, capture_output=True, text=True)
-        return ctypes.CDLL(str(path))
+        try:
+            return _load(cache_dir() / name, compiler)
+        except OSError:  # no right to write there, or no space
+            return _load(private_dir() / name, compiler)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         _logger.warning(
-            "The fast kernels could not be built, ConvMixer trains slowly, without them: %s", reason.strip()
+            "The fast kernels could not be built, ConvMixer trains slowly, without them. Install g++ with OpenMP, or "
+            "name a compiler in CXX. %s said: %s",
+            compiler,
+            reason.strip(),
         )
         return None
+
+
+def _load(path: Path, compiler: str) -> ctypes.CDLL:
+    if _is_whole(path):
+        with contextlib.suppress(OSError):  # damaged in a way that shows now only, or another machine's
+            return ctypes.CDLL(str(path))
+    with atomic_path(path) as built:
+        command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8", errors="replace")
+        built.write_bytes((content := built.read_bytes()) + hashlib.sha256(content).digest())
+    return ctypes.CDLL(str(path))
 
 
 @torch.compiler.assume_constant_result
@@ -106,5 +117,7 @@ def require() -> ctypes.CDLL:
     """
     lib = library()
     if lib is None:
-        raise RuntimeError("convmixer_timm's kernels could not be built here (see the warning), so its operators don't run.")
+        raise RuntimeError(
+            "convmixer_timm's kernels could not be built here (see the warning), so its operators don't run."
+        )
     return lib

@@ -8,7 +8,7 @@ are faster. Otherwise, or where somebody looks on (a tracer, a hook, a tensor su
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d, get_act_layer
+from timm.layers import get_act_layer
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -110,7 +110,14 @@ def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, 
     fuses = _fuses(act, norm)
     if fuses and _mixes(x, conv):
         y, mean, var = spatial_mixing(
-            x, conv.weight.float(), conv.bias.float(), norm.weight.float(), norm.bias.float(), residual, _gelu(act), norm.eps
+            x,
+            conv.weight.float(),
+            conv.bias.float(),
+            norm.weight.float(),
+            norm.bias.float(),
+            residual,
+            _gelu(act),
+            norm.eps,
         )
         _move_running_stats(norm, mean, var, x.numel() // x.shape[1])
         return y
@@ -167,7 +174,9 @@ def _fuses(act: nn.Module, norm: nn.Module) -> bool:
 
 def _takes(x: Tensor) -> bool:
     """Whether the kernels take such a feature map; BatchNorm refuses a single value a channel, in its own words."""
-    return x.dtype in (torch.float32, torch.bfloat16) and x.shape[1] % operators.CHANNELS == 0 and x.numel() > x.shape[1]
+    return (
+        x.dtype in (torch.float32, torch.bfloat16) and x.shape[1] % operators.CHANNELS == 0 and x.numel() > x.shape[1]
+    )
 
 
 def _gelu(act: nn.Module) -> bool:

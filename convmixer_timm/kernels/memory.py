@@ -27,12 +27,16 @@ def _chosen(environment: dict[str, str]) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
-def keep_freed() -> bool:
-    """Tells glibc, once, to keep freed memory for the next step; leaves every other allocator and any choice of the
-    user's alone. Says whether it did."""
+def _tell_glibc() -> bool:
     if platform.libc_ver()[0] != "glibc" or _chosen(dict(os.environ)):
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all((mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1), mallopt(_M_TOP_PAD, 64 << 20)))
+
+
+@torch.compiler.assume_constant_result
+def keep_freed() -> bool:
+    """Tells glibc, once, to keep freed memory for the next step; leaves every other allocator and any choice of the
+    user's alone. Says whether it did."""
+    return _tell_glibc()

@@ -17,7 +17,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import build
 
-__all__ = ["CHANNELS", "act_norm", "act_norm_backward", "depthwise_weight_grad", "spatial_mixing", "spatial_mixing_backward"]
+__all__ = [
+    "CHANNELS",
+    "act_norm",
+    "act_norm_backward",
+    "depthwise_weight_grad",
+    "spatial_mixing",
+    "spatial_mixing_backward",
+]
 
 CHANNELS = 16  # the kernels take multiples of so many channels
 _DTYPES = (torch.float32, torch.bfloat16)

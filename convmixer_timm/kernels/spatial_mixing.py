@@ -39,12 +39,13 @@ def spatial_mixing(
 def _setup_context(ctx, inputs, output):
     x, weight, bias, gamma, _, *ctx.settings = inputs
     _, z, mean, var = output
+    ctx.set_materialize_grads(False)  # of the other results: zeros as large as a feature map
     ctx.mark_non_differentiable(z, mean, var)
     ctx.save_for_backward(x, weight, bias, gamma, z, mean, var)
 
 
 def _backward(ctx, grad, *_):
-    x, weight, bias, gamma, z, mean, var = ctx.saved_tensors
+    x, weight, _bias, gamma, z, mean, var = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: PyTorch's operations are themselves differentiable
         return *_differentiable_grads(ctx, grad), None, None, None, None
     for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
