@@ -5,6 +5,8 @@ the layer computes the same by the kernels of this folder, or at least in channe
 are faster. Otherwise, or where somebody looks on (a tracer, a hook, a tensor subclass), its `forward` runs.
 """
 
+from typing import TypeGuard
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -82,9 +84,14 @@ def as_given(features: Tensor, images: Tensor) -> Tensor:
         return features
 
 
+def _plain(t: Tensor) -> bool:
+    """Whether it is no subclass of a tensor, which would tell operations itself what to do."""
+    return type(t) in (Tensor, nn.Parameter)
+
+
 def _runs_here(x: Tensor) -> bool:
     """Whether code that runs now, or is compiled, rather than is traced or transformed, works on a CPU with `x`."""
-    if not build.enabled() or type(x) is not Tensor or torch.jit.is_tracing():
+    if not build.enabled() or not _plain(x) or torch.jit.is_tracing():
         return False
     if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled()):
         return False  # an exported program is for anywhere; inference is left to the compiler
@@ -107,8 +114,10 @@ def _untouched(*modules: nn.Module) -> bool:
 
 def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, residual: bool = False) -> Tensor:
     """``norm(act(conv(x)))``, plus `x` for a residual."""
-    fuses = _fuses(act, norm)
-    if fuses and _mixes(x, conv):
+    if not _fuses(norm, act):
+        z = _convolution(x, conv)
+    elif _mixes(conv, x):
+        assert conv.bias is not None  # `_mixes`
         y, mean, var = spatial_mixing(
             x,
             conv.weight.float(),
@@ -116,15 +125,14 @@ def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, 
             norm.weight.float(),
             norm.bias.float(),
             residual,
-            _gelu(act),
+            _is_gelu(act),
             norm.eps,
         )
         _move_running_stats(norm, mean, var, x.numel() // x.shape[1])
         return y
-    z = _convolution(x, conv)
-    if fuses and _takes(z):
+    elif _takes(z := _convolution(x, conv)):
         shortcut = x.to(z.dtype) if residual else None
-        y, mean, var = act_norm(z, norm.weight.float(), norm.bias.float(), _gelu(act), norm.eps, shortcut)
+        y, mean, var = act_norm(z, norm.weight.float(), norm.bias.float(), _is_gelu(act), norm.eps, shortcut)
         _move_running_stats(norm, mean, var, z.numel() // z.shape[1])
         return y
     z = act(z)  # each result frees the one before
@@ -138,18 +146,18 @@ def _convolution(x: Tensor, conv: nn.Module) -> Tensor:
     return conv(x)
 
 
-def _is_depthwise(conv: nn.Module) -> bool:
+def _is_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     return (
         type(conv) is nn.Conv2d
         and conv.groups == conv.in_channels == conv.out_channels
         and (conv.padding, conv.stride, conv.dilation, conv.padding_mode) == ("same", (1, 1), (1, 1), "zeros")
         and conv.kernel_size[0] == conv.kernel_size[1]
-        and type(conv.weight) is nn.Parameter
+        and _plain(conv.weight)
         and _untouched(conv)
     )
 
 
-def _mixes(x: Tensor, conv: nn.Module) -> bool:
+def _mixes(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     """Whether `spatial_mixing` may stand for the convolution: one that trains and would compute in the type of `x`."""
     if not _is_depthwise(conv) or conv.bias is None or not _takes(x) or not conv.weight.requires_grad:
         return False
@@ -157,8 +165,8 @@ def _mixes(x: Tensor, conv: nn.Module) -> bool:
     return x.dtype == (torch.get_autocast_dtype("cpu") if autocast else conv.weight.dtype)
 
 
-def _fuses(act: nn.Module, norm: nn.Module) -> bool:
-    """Whether `act_norm` may stand for ``norm(act(x))``: exact GELU or ReLU, and a BatchNorm2d in training."""
+def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether `act_norm` may stand for ``norm(act(x))``: a BatchNorm2d in training, and exact GELU or ReLU."""
     return (
         torch.is_grad_enabled()
         and type(norm) is nn.BatchNorm2d
@@ -166,6 +174,7 @@ def _fuses(act: nn.Module, norm: nn.Module) -> bool:
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
+        and _plain(norm.weight)
         and (type(act) is nn.ReLU or (type(act) in _GELUS and getattr(act, "approximate", "none") == "none"))
         and _untouched(act, norm)
         and build.available()
@@ -179,13 +188,15 @@ def _takes(x: Tensor) -> bool:
     )
 
 
-def _gelu(act: nn.Module) -> bool:
+def _is_gelu(act: nn.Module) -> bool:
     return type(act) is not nn.ReLU
 
 
 @torch.no_grad()
 def _move_running_stats(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """Moves `norm`'s running statistics by a batch's mean and biased variance, each [C] over `count` values."""
+    assert norm.momentum is not None and norm.running_mean is not None  # `_fuses`
+    assert norm.running_var is not None and norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
     norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
