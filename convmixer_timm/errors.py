@@ -8,7 +8,19 @@ from pathlib import Path
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-__all__ = ["NETWORK", "HubError", "hub_reason", "hub_status", "local_cause", "one_line", "os_reason", "transfer_reason"]
+__all__ = [
+    "NETWORK",
+    "HubError",
+    "HubTimeout",
+    "hub_reason",
+    "hub_status",
+    "local_cause",
+    "local_reason",
+    "one_line",
+    "os_reason",
+    "printable",
+    "transfer_reason",
+]
 
 # What huggingface_hub lets through: httpx's errors are no OSErrors, those of requests, which it used before 1.0, are.
 NETWORK = (OSError, HTTPError)
@@ -29,10 +41,14 @@ class HubTimeout(HubError):
     """An answer that the Hub owed for too long."""
 
 
+def printable(text: object) -> str:
+    """A text that any terminal can show on one line: line ends, control codes and undecodable bytes are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def one_line(text: object) -> str:
-    """A message as one line that a terminal can show: what isn't printable, undecodable bytes too, is escaped."""
-    line = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    """A message, which may have several lines and colours, as one line that any terminal can show."""
+    return printable(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split()))
 
 
 def os_reason(error: OSError) -> str:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -37,7 +38,7 @@ def _private_folder() -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to, which becomes `path` when the block ends well and vanishes when it fails.
 
-    It may become a file or a folder; a folder that exists is replaced as a whole.
+    It may become a file or a folder; a folder that exists is replaced as a whole, by a folder only.
     Several processes may do so at once: each writes its own file and the last rename wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,6 +46,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = Path(folder) / path.name
         yield temporary
         if path.is_dir():
+            if not temporary.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "is a folder: name a file to write", str(path))
             os.replace(path, Path(folder) / ".old")
         os.replace(temporary, path)
 

@@ -20,7 +20,7 @@ from .errors import os_reason
 
 __all__ = ["ImageError", "find_images", "image_loader", "known_extensions", "load_image"]
 
-# What Pillow opens but this package doesn't: EPS runs Ghostscript, the others need a Windows or a handler of the user's.
+# What Pillow opens but this package doesn't: EPS runs Ghostscript, the others need Windows or a handler of one's own.
 _NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 # Longer side by shorter. A model's transform brings the shorter side to the model's size, whatever becomes of the
 # longer one: a 1 x 300,000 PNG of a kilobyte would take gigabytes.
@@ -68,12 +68,17 @@ def find_images(patterns: Iterable[str | Path]) -> list[Path]:
 
 def _search(folder: Path) -> list[Path]:
     extensions = known_extensions()
-    found, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=lambda e: found.append(Path(e.filename))):
+    found: list[Path] = []
+    seen = set()
+
+    def unlisted(error: OSError) -> None:
+        found.append(Path(error.filename))
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=unlisted):
         seen.add(os.path.realpath(root))
         # A link to a folder above it would never end.
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
-        found += [Path(root, name) for name in files if os.path.splitext(name)[1].lower() in extensions]
+        found.extend(Path(root, name) for name in files if os.path.splitext(name)[1].lower() in extensions)
     return sorted(found) or [folder]
 
 
@@ -85,8 +90,8 @@ def load_image(source: Any, channels: int = 3) -> Image.Image:
     becomes RGB, or greyscale for a one-channel model.
 
     Args:
-        source: A path, an open binary file, a PIL image, or an array [H, W, 3] ([H, W] and [H, W, 1] for grey, [H, W, 4]
-            with an alpha channel, which is left out) of integers, booleans or floats.
+        source: A path, an open binary file, a PIL image, or an array of integers, booleans or floats, [H, W, 3] (or
+            [H, W] and [H, W, 1] for grey, [H, W, 4] with an alpha channel, which is left out).
         channels: 3 or 1.
 
     Raises:
@@ -221,8 +226,12 @@ def _from_array(source: Any) -> Image.Image:
     return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
 
 
-def image_loader(model: nn.Module) -> Callable[[Any], torch.Tensor]:
-    """A function that reads an image as `model` takes it in evaluation, [in_chans, H, W]; see `load_image`."""
+def image_loader(model: nn.Module, size: tuple[int, ...] | None = None) -> Callable[[Any], torch.Tensor]:
+    """A function that reads an image as `model` takes it in evaluation, [in_chans, H, W]; see `load_image`.
+
+    Of another `size` (in_chans, H, W) where it is given.
+    """
     config = resolve_model_data_config(model)
+    config["input_size"] = size or config["input_size"]
     transform: Any = create_transform(**config, is_training=False)
     return lambda source: transform(load_image(source, channels=config["input_size"][0]))

@@ -129,7 +129,7 @@ def _compare(model: Any, folder: Path) -> None:
 
 def _publication(folder: Path, **kwargs) -> Publication:
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return Publication(files, (folder / "README.md").read_text(), **kwargs)
+    return Publication(files, (folder / "README.md").read_text(encoding="utf-8"), **kwargs)
 
 
 def _limit_waiting(seconds: float) -> None:
@@ -175,7 +175,7 @@ def _send(
     card = folder / "README.md"
     old = attempt(lambda: _old_card(repo_id, head))
     if old is not None:
-        card.write_text(merge_cards(card.read_text(), old))
+        card.write_text(merge_cards(card.read_text(encoding="utf-8"), old), encoding="utf-8")
     tagged = None
     if tag:
         refs = attempt(lambda: api.list_repo_refs(repo_id))
@@ -221,7 +221,9 @@ def _holds(api: HfApi, repo_id: str, commit: str, folder: Path) -> bool:
 def _old_card(repo_id: str, commit: str) -> str | None:
     with tempfile.TemporaryDirectory() as cache:
         try:
-            return Path(hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache)).read_text()
+            return Path(hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache)).read_text(
+                encoding="utf-8"
+            )
         except LocalEntryNotFoundError as error:  # the Hub didn't answer, and this cache is empty
             raise ConnectionError(str(error).splitlines()[0]) from error
         except EntryNotFoundError:

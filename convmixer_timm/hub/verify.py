@@ -51,7 +51,7 @@ def _cached_from_hub() -> dict[str, Path]:
 
 def _read_json(file: Path) -> dict:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
@@ -64,7 +64,7 @@ def verifiable() -> dict[str, Path]:
 
 
 def _manifest() -> dict[str, dict]:
-    return json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
+    return json.loads(MANIFEST.read_text(encoding="utf-8")) if MANIFEST.exists() else {}
 
 
 def _logits(model) -> list[list[float]]:
@@ -130,4 +130,4 @@ def record(names: Iterable[str]) -> None:
         model.load_state_dict(checkpoint_filter_fn(read_checkpoint(file), model))
         logits = [[round(v, 4) for v in row] for row in _logits(model)]
         manifest[name] = {"sha256": sha256(file), "logits": logits}
-    MANIFEST.write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")
+    MANIFEST.write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n", encoding="utf-8")

@@ -56,7 +56,7 @@ def download(model_id: str, config: bool = True) -> Path:
     if config:
         file = get("config.json")
         try:
-            architecture = json.loads(file.read_text())["architecture"]
+            architecture = json.loads(file.read_text(encoding="utf-8"))["architecture"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} doesn't describe a model to timm: it has no architecture") from error
         if not timm.is_model(architecture):

@@ -1,5 +1,6 @@
 """A pretrained model by its name, and what its classes are called."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..convmixer import ConvMixer
 from .download import download
 
-__all__ = ["class_names", "load_folder", "load_model", "usable_device"]
+__all__ = ["check_labels", "class_names", "load_folder", "load_model", "read_labels", "usable_device"]
 
 
 def usable_device(name: str | None = None) -> torch.device:
@@ -91,3 +92,28 @@ def class_names(model: Any) -> list[str]:
         info = timm.data.ImageNetInfo(subset)
         return [info.index_to_description(i) for i in range(model.num_classes)]
     return [str(i) for i in range(model.num_classes)]
+
+
+def read_labels(file: str | Path) -> list[str]:
+    """Names of classes from a text file in UTF-8, one a line.
+
+    Raises:
+        OSError: If it can't be read.
+        ValueError: If it is in another encoding or has no names.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8") from error
+    labels = [line.strip() for line in text.splitlines() if line.strip()]
+    if not labels:
+        raise ValueError(f"{file} has no labels")
+    return labels
+
+
+def check_labels(labels: list[str], num_classes: int) -> None:
+    """Raises ValueError where given names of classes are not one for each class, or a name stands twice."""
+    if len(labels) != num_classes:
+        raise ValueError(f"the model has {num_classes} classes, and the labels are {len(labels)}")
+    if twice := [name for name, count in Counter(labels).items() if count > 1]:
+        raise ValueError(f"labels that stand more than once: {', '.join(twice)}")

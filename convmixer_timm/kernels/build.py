@@ -80,7 +80,7 @@ def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
 def _machine() -> str:
     """What the built code depends on besides its source: a cache may be shared by different processors."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return platform.processor()
@@ -105,7 +105,7 @@ def library() -> ctypes.CDLL | None:
             "Install g++ or name one in CXX."
         )
         return None
-    key = "\n".join([_SOURCE.read_text(), compiler, _machine(), *_FLAGS])
+    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), compiler, _machine(), *_FLAGS])
     try:
         path = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         if not _is_whole(path):
