@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from .errors import one_line, printable
+from .errors import one_line, os_reason, printable
 from .version import version
 
 DEFAULT_MODEL = "convmixer_256_8.e25_cifar10"
@@ -227,5 +227,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(error: Exception) -> int:
-    print(f"convmixer-timm: error: {one_line(error)}", file=sys.stderr)
+    message = str(error)
+    if isinstance(error, OSError) and error.errno and isinstance(name := error.filename2 or error.filename, str):
+        message = f"{name}: {os_reason(error)}"
+    print(f"convmixer-timm: error: {one_line(message)}", file=sys.stderr)
     return 1

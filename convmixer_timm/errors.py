@@ -19,6 +19,7 @@ __all__ = [
     "one_line",
     "os_reason",
     "printable",
+    "timeout_cause",
     "transfer_reason",
 ]
 
@@ -26,6 +27,7 @@ __all__ = [
 NETWORK = (OSError, HTTPError)
 
 _TIMEOUTS = ("ConnectTimeout", "ReadTimeout", "WriteTimeout", "PoolTimeout", "TimeoutError", "HubTimeout")
+_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")  # whose errors are the network's, whatever is behind them
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _PATHS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
@@ -60,17 +62,21 @@ def os_reason(error: OSError) -> str:
 
 def local_cause(error: BaseException | None) -> OSError | None:
     """The error of this machine's files that is behind another error; None if it is the network's or the Hub's."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        network = isinstance(error, ConnectionError | TimeoutError | HTTPError)
-        if isinstance(error, OSError) and not network and error.errno in _LOCAL:
+    while error is not None and not type(error).__module__.startswith(_CLIENTS):
+        if isinstance(error, OSError) and error.errno in _LOCAL:
             return error
         # The transfer library in Rust tells the number in words only.
         if (found := re.search(r"\(os error (\d+)\)", str(error))) and int(found[1]) in _LOCAL:
             return OSError(int(found[1]), os.strerror(int(found[1])))
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return None
+
+
+def timeout_cause(error: BaseException | None) -> BaseException | None:
+    """The timeout that is behind an error; None if there is none."""
+    while error is not None and type(error).__name__ not in _TIMEOUTS:
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def local_reason(error: OSError) -> str:
@@ -103,7 +109,8 @@ def hub_reason(error: Exception) -> str:
         said = f" ({' '.join(error.server_message.split())})" if error.server_message else ""
         return f"the Hub answered {hub_status(error)}{said}"
     if type(error).__name__ in _TIMEOUTS:
-        return f"no answer from {constants.ENDPOINT} in time ({type(error).__name__})"
+        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        return f"no answer from {constants.ENDPOINT} within HF_HUB_DOWNLOAD_TIMEOUT, {seconds} s"
     return f"no answer from {constants.ENDPOINT} ({type(error).__name__})"
 
 
