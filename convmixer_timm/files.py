@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_path", "cache_dir", "cached_sha256", "sha256"]
+__all__ = ["as_text", "atomic_path", "cache_dir", "cached_sha256", "sha256"]
 
 
 def cache_dir() -> Path:
@@ -50,6 +50,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 raise IsADirectoryError(errno.EISDIR, "is a folder: name a file to write", str(path))
             os.replace(path, Path(folder) / ".old")
         os.replace(temporary, path)
+
+
+def as_text(name: str) -> str:
+    """A file's name as text that UTF-8 can hold, whatever the locale: bytes that Python couldn't decode are escaped."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def cached_sha256(path: Path) -> str | None:

@@ -19,7 +19,7 @@ from timm.data import create_dataset, resolve_data_config
 
 from ..checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..convmixer import CIFAR10_LABELS, ConvMixer
-from ..files import atomic_path
+from ..files import as_text, atomic_path
 from ..images import known_extensions
 from ..inference.loading import check_labels, load_folder
 from .cards import Evaluation, Training, adopt_card, make_card, rename_in_card
@@ -111,13 +111,13 @@ def pack_checkpoint(
         folder.mkdir()
         _save(model, folder, labels, {})
         card = make_card(model, target.name, load_name, pictures=draw_pictures(model, folder))
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(as_text(card), encoding="utf-8")
     return model
 
 
 def _portable(args: dict) -> dict:
     """A run's arguments without the folders of the machine that it ran on, and as for a run from the start."""
-    return {k: Path(v).name if k in _PATHS and v else v for k, v in args.items()} | {"resume": ""}
+    return {k: as_text(Path(v).name) if k in _PATHS and v else v for k, v in args.items()} | {"resume": ""}
 
 
 def pack_run(
@@ -200,7 +200,7 @@ def pack_run(
         card = make_card(
             model, target.name, load_name or target.name, training, evaluation, draw_pictures(model, folder)
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(as_text(card), encoding="utf-8")
     return model
 
 
@@ -216,7 +216,7 @@ def _class_names(args: dict) -> list[str] | None:
     except Exception:  # every reader of timm has its own
         print(f"no class names: the training data, {root}, can't be read here; --labels gives them", file=sys.stderr)
         return None
-    return sorted(index, key=index.__getitem__)
+    return [as_text(name) for name in sorted(index, key=index.__getitem__)]
 
 
 def _save(model: Any, folder: Path, labels: list[str] | None, model_args: dict) -> None:
