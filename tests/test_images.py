@@ -119,9 +119,9 @@ def test_damaged_exif_data_leave_a_sound_picture(tmp_path):
 def test_huge_images_of_a_kilobyte_cost_nothing(size, tmp_path):
     path = png(tmp_path / "huge.png", *size, content=bytes(1000))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ImageError, match="huge.png: too (large|narrow)"):
+    with pytest.raises(ImageError, match=r"huge.png: too (large|narrow)"):
         load_image(path)
-    with pytest.raises(ImageError, match="too (large|narrow)"), Image.open(CAT) as image:
+    with pytest.raises(ImageError, match=r"too (large|narrow)"), Image.open(CAT) as image:
         image._size = size
         load_image(image)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
@@ -156,7 +156,7 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
     found = find_images([tmp_path / "data"])
     assert [path.name for path in found] == ["0000.jpg", "0001.jpg", "0002.jpg", "lost.jpg"]
     assert find_images([f"{tmp_path}/d*"]) == found
-    with pytest.raises(ImageError, match="lost.jpg: no such file"):
+    with pytest.raises(ImageError, match=r"lost.jpg: no such file"):
         load_image(found[-1])
 
 
@@ -240,8 +240,7 @@ def test_what_is_no_image(source, message):
 NAMES = ["caf\udce9.jpg", "ünï.jpg", "red \x1b[31m.jpg", "two\nlines.jpg", "猫.jpg"]
 
 
-@pytest.mark.parametrize("python", [["-X", "utf8=0"], []])
-@pytest.mark.parametrize("format", ["table", "csv", "json"])
+@pytest.mark.parametrize("python, format", [([], "csv"), *((["-X", "utf8=0"], f) for f in ("table", "csv", "json"))])
 def test_names_of_any_bytes_under_any_locale(python, format, tmp_path):
     for name in NAMES:
         shutil.copy(CAT, tmp_path / name)

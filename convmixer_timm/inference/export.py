@@ -13,7 +13,7 @@ import torch.nn as nn
 from timm.data import resolve_model_data_config
 
 from .loading import check_labels, class_names
-from .optimize import TOLERANCES, calibration_batches, onnx_program, openvino_model, quiet, unavailable
+from .optimize import TOLERANCES, calibration_batches, onnx_program, openvino_model, quantized, quiet, unavailable
 
 __all__ = ["FORMATS", "export"]
 
@@ -114,11 +114,8 @@ def _onnx(model, example, file, precision, dynamic, batches, metadata):
 
     network = onnx_program(model, example, fixed=not dynamic)
     if precision == "int8":
-        import nncf
-
         name = network.graph.input[0].name
-        data = nncf.Dataset([{name: batch.numpy()} for batch in batches])
-        network = nncf.quantize(network, data, subset_size=len(batches))
+        network = quantized(network, [{name: batch.numpy()} for batch in batches])
     onnx.helper.set_model_props(network, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.checker.check_model(network)
     onnx.save(network, file)

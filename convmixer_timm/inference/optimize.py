@@ -370,12 +370,15 @@ def openvino_model(model: nn.Module, x: torch.Tensor, fixed: bool, batches: Batc
 
     network = openvino.convert_model(model, example_input=x)
     network.reshape([len(x) if fixed else -1, *x.shape[1:]])
-    if batches:
-        import nncf
+    return quantized(network, [batch.numpy() for batch in batches]) if batches else network
 
-        nncf.set_log_level(logging.ERROR)
-        network = nncf.quantize(network, nncf.Dataset([batch.numpy() for batch in batches]), subset_size=len(batches))
-    return network
+
+def quantized(network: Any, items: list) -> Any:
+    """An OpenVINO or ONNX network in int8, by NNCF; `items` are its inputs to choose the scales by."""
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    return nncf.quantize(network, nncf.Dataset(items), subset_size=len(items))
 
 
 def _openvino(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, batches: Batches) -> Run:
