@@ -41,10 +41,8 @@ def download(model_id: str, config: bool = True) -> Path:
             if (local := local_cause(error)) is not None:
                 raise HubError(f"{model_id}: {local_reason(local)}") from error
             if (late := timeout_cause(error)) is not None:
-                raise HubError(
-                    f"{model_id}: {constants.ENDPOINT} didn't answer within {constants.HF_HUB_ETAG_TIMEOUT} s "
-                    f"({type(late).__name__}): try again later, or set HF_HUB_ETAG_TIMEOUT to more seconds"
-                ) from error
+                reason = f"{constants.ENDPOINT} didn't answer in time ({type(late).__name__}): try again later"
+                raise HubError(f"{model_id} is not in the cache, and {reason}") from error
             raise HubError(
                 f"{model_id} is not in the cache, and {constants.ENDPOINT} can't be reached: connect, or copy the "
                 "repository and use local-dir:FOLDER"

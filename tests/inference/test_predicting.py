@@ -204,7 +204,8 @@ def test_one_or_many_images_of_any_kind(model):
         assert [p for _, p in classes] == pytest.approx([p for _, p in first], abs=1e-3)
     for one in (str(cat), cat, picture, array):
         [(given, classes)] = predict(model, one, topk=2)
-        assert given is one and classes == pytest.approx(first) if isinstance(one, str) else classes[0][0] == "cat"
+        assert given is one
+        assert dict(classes) == pytest.approx(dict(first), abs=1e-4)
     assert [c[0][0] for _, c in predict(model, np.stack([array] * 3), batch_size=2)] == ["cat"] * 3
     assert len(list(predict(model, iter([cat] * 5), batch_size=2))) == 5
     folder = list(predict(model, IMAGES, topk=1))
@@ -279,7 +280,10 @@ DAMAGED_CONFIGS = [
         "no preprocessing of images can be made from input_size",
     ),
     ('{"architecture": "convmixer_128_4", "num_classes": 10, "pretrained_cfg": {"mean": [1]}}', "no preprocessing"),
-    ('{"architecture": "convmixer_128_4", "num_classes": 10, "pretrained_cfg": {"crop_pct": 0}}', "no preprocessing"),
+    (
+        '{"architecture": "convmixer_128_4", "num_classes": 10, "pretrained_cfg": {"crop_pct": 1e-9}}',
+        "no preprocessing",
+    ),
 ]
 
 
