@@ -172,6 +172,8 @@ def draw_heat_map(model: Any, image: torch.Tensor, names: list[str], target: Pat
     with torch.enable_grad():
         features = model.forward_features(image[None])
         logits = model.forward_head(features)[0]
+        if logits.shape != (len(names),):
+            raise ValueError(f"no classifier: the model gives {list(logits.shape)} an image, for {len(names)} classes")
         label = int(logits.argmax())
         (gradient,) = torch.autograd.grad(logits[label], features)
     weights = gradient.mean((2, 3), keepdim=True)

@@ -12,6 +12,7 @@ from ..checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..convmixer import WEIGHTS_DIR
 from ..files import cached_sha256, sha256
 from ..images import image_loader
+from ..inference.loading import load_folder
 
 __all__ = ["checkpoint_file", "record", "verifiable", "verify", "verify_all"]
 
@@ -52,7 +53,7 @@ def _cached_from_hub() -> dict[str, Path]:
 def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -95,7 +96,7 @@ def verify(name: str, files: dict[str, Path] | None = None) -> None:
     found = sha256(file)
     if found != expected:
         raise ValueError(f"{file} has SHA-256 {found}, not {expected}: it is damaged or another file")
-    model = timm.create_model(f"local-dir:{file.parent}" if name.startswith("hf-hub:") else name)
+    model = load_folder(file.parent) if name.startswith("hf-hub:") else timm.create_model(name)
     state_dict = checkpoint_filter_fn(read_checkpoint(file), model)
     try:
         model.load_state_dict(state_dict)
@@ -117,7 +118,7 @@ def verify_all(names: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
         try:
             verify(name, files)
             yield name, ""
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             yield name, " ".join(str(error).split())
 
 

@@ -51,7 +51,7 @@ def predict(
 
     Raises:
         ImageError: If a file can't be read; an OSError of one line that names it.
-        ValueError: If something is no image, or `topk` or `batch_size` is less than 1.
+        ValueError: If something is no image, the model is no classifier, or `topk` or `batch_size` is less than 1.
     """
     if topk < 1 or batch_size < 1:
         raise ValueError(f"topk and batch_size must be 1 or more, got {topk} and {batch_size}")
@@ -62,6 +62,10 @@ def predict(
     def run(batch: list[tuple[Any, torch.Tensor]]) -> Iterator[tuple[Any, Classes]]:
         with torch.inference_mode(), _evaluating(model):
             logits = model(torch.stack([image for _, image in batch]).to(like))
+        if logits.shape[1:] != (len(names),):
+            raise ValueError(
+                f"no classifier: the model gives {list(logits.shape[1:])} an image, for {len(names)} classes"
+            )
         probabilities, indices = logits.float().softmax(-1).cpu().topk(min(topk, len(names)))
         for (image, _), ps, ids in zip(batch, probabilities.tolist(), indices.tolist(), strict=True):
             yield image, [(names[i], p) for i, p in zip(ids, ps, strict=True)]

@@ -295,3 +295,9 @@ def test_a_damaged_description_gets_one_line(content, message, tmp_path, capsys)
     assert (code, out) == (1, "")
     assert message in err and "config.json" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [{"num_classes": 0}, {"global_pool": ""}])
+def test_what_is_no_classifier_is_said(options):
+    with pytest.raises(ValueError, match="no classifier: the model gives"):
+        list(predict(timm.create_model("convmixer_128_4", **options), IMAGES / "cat/0000.jpg"))
