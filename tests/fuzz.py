@@ -9,6 +9,7 @@ with, so that a file that asks for more is found too.
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -77,7 +78,7 @@ def mutated_json(content: Any, rng: random.Random) -> bytes:
         if rng.random() < 0.2:
             del holder[key]
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
     return json.dumps(content).encode() if rng.random() < 0.98 else json.dumps(rng.choice(VALUES)).encode()
 
 
@@ -257,7 +258,40 @@ def caches(folder: Path) -> Case:
     return case
 
 
-KINDS = {"images": images, "checkpoints": checkpoints, "configs": configs, "caches": caches}
+def runs(folder: Path) -> Case:
+    """Output folders of train.py, as they are published, without the pictures, which take seconds."""
+    import timm
+    import torch
+    import yaml
+
+    from convmixer_timm.hub import packing
+
+    packing.draw_pictures = lambda *_: {}  # type: ignore[assignment]
+    source = Path(__file__).parents[1] / "weights/convmixer_128_4.e10_cifar10"
+    args = yaml.safe_load((source / "args.yaml").read_text())
+    args |= {"num_classes": 2, "model_kwargs": {"depth": 1, "dim": 8}, "data_dir": str(IMAGES)}
+    model = timm.create_model("convmixer_128_4", num_classes=2, **args["model_kwargs"])
+    file = io.BytesIO()
+    torch.save({"state_dict": model.state_dict(), "epoch": 9, "args": argparse.Namespace(**args)}, file)
+    sound = {
+        "args.yaml": json.dumps(args).encode(),  # which is YAML
+        "summary.csv": (source / "summary.csv").read_bytes(),
+        "last.pth.tar": file.getvalue(),
+    }
+
+    def case(rng: random.Random, target: Path) -> str:
+        damaged = rng.choice(["args.yaml", "args.yaml", "summary.csv", "last.pth.tar"])
+        for name, content in sound.items():
+            (target / name).write_bytes(content)
+        changed = mutated_json(args, rng) if damaged == "args.yaml" else mutated(sound[damaged], rng)
+        (target / damaged).write_bytes(changed)
+        (target / "labels.txt").write_text("a\nb\n")
+        return command("publish", target, "--repo-id", "a/b", "--labels", target / "labels.txt", "--dry-run")
+
+    return case
+
+
+KINDS = {"images": images, "checkpoints": checkpoints, "configs": configs, "caches": caches, "runs": runs}
 
 
 def run(kind: str, seconds: float, seed: int, keep: Path) -> int:

@@ -6,11 +6,13 @@ card, ``README.md``; of a run of ``train.py`` also ``args.yaml`` with every sett
 """
 
 import csv
+import functools
 import importlib.util
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import timm
 import torch.nn as nn
@@ -33,6 +35,26 @@ PICTURES = ".png"
 _PATHS = ("data", "data_dir", "output", "config", "initial_checkpoint", "pretrained_path", "class_map")
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _saying_damage(packing: Callable[P, T]) -> Callable[P, T]:
+    """Lets what a damaged source breaks in reading it be the source's error: a ValueError."""
+
+    @functools.wraps(packing)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return packing(*args, **kwargs)
+        except (OSError, ValueError, RuntimeError):
+            raise
+        except Exception as error:  # of YAML, of values that are missing or of another type
+            raise ValueError(f"{args[0]} is damaged: {type(error).__name__}: {error}") from error
+
+    return checked
+
+
+@_saying_damage
 def pack(
     source: Path,
     target: Path,

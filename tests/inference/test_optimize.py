@@ -340,3 +340,16 @@ def test_predicting_with_an_optimized_model(model, images):
     [(_, classes)] = predict(fast, IMAGES / "cat/0000.jpg")
     [(_, expected)] = predict(model, IMAGES / "cat/0000.jpg")
     assert dict(classes) == pytest.approx(dict(expected), abs=1e-3)
+
+
+@pytest.mark.skipif(unavailable("inductor") is not None, reason="there is no C++ compiler")
+def test_threads_that_meet_a_new_size_at_once_compile_it_once(model, images):
+    fast = optimize(model, images[:4], "inductor")
+    counts = torch._dynamo.utils.counters["stats"]
+    before = counts["unique_graphs"]
+    threads = [threading.Thread(target=fast, args=[images[:1]]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counts["unique_graphs"] == before + 1
