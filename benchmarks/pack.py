@@ -27,7 +27,7 @@ if __name__ == "__main__":
     parser.add_argument("--hours", type=float, required=True)
     parser.add_argument("--again", help="how to repeat a run that was resumed with other settings, as Markdown")
     args = parser.parse_args()
-    with args.results.open() as file:
+    with args.results.open(encoding="utf-8") as file:
         (result,) = csv.DictReader(file)
     pack_run(
         args.run,

@@ -193,7 +193,7 @@ def machine() -> dict[str, str]:
     import timm
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "") or platform.processor()
     return {"cpu": f"{cpu} x{torch.get_num_threads()}", "torch": torch.__version__, "timm": timm.__version__}
 
@@ -201,7 +201,7 @@ def machine() -> dict[str, str]:
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Appends to a CSV file, which gets its header with the first rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="") as file:
+    with path.open("a+", newline="", encoding="utf-8") as file:
         file.seek(0)
         header = next(csv.reader(file), None)
         if header not in (None, list(rows[0])):

@@ -6,11 +6,13 @@ card, ``README.md``; of a run of ``train.py`` also ``args.yaml`` with every sett
 """
 
 import csv
+import functools
 import importlib.util
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import timm
 import torch.nn as nn
@@ -19,8 +21,9 @@ from timm.data import create_dataset, resolve_data_config
 
 from ..checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..convmixer import CIFAR10_LABELS, ConvMixer
-from ..files import atomic_path
-from ..inference.loading import load_folder
+from ..files import as_text, atomic_path
+from ..images import known_extensions
+from ..inference.loading import check_labels, load_folder
 from .cards import Evaluation, Training, adopt_card, make_card, rename_in_card
 
 __all__ = ["pack", "pack_checkpoint", "pack_run"]
@@ -32,6 +35,26 @@ PICTURES = ".png"
 _PATHS = ("data", "data_dir", "output", "config", "initial_checkpoint", "pretrained_path", "class_map")
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _saying_damage(packing: Callable[P, T]) -> Callable[P, T]:
+    """Lets what a damaged source breaks in reading it be the source's error: a ValueError."""
+
+    @functools.wraps(packing)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return packing(*args, **kwargs)
+        except (OSError, ValueError, RuntimeError):
+            raise
+        except Exception as error:  # of YAML, of values that are missing or of another type
+            raise ValueError(f"{args[0]} is damaged: {type(error).__name__}: {error}") from error
+
+    return checked
+
+
+@_saying_damage
 def pack(
     source: Path,
     target: Path,
@@ -86,8 +109,8 @@ def _pack_folder(source: Path, target: Path, load_name: str, labels: list[str] |
         card = folder / "README.md"
         text = make_card(model, target.name, load_name)
         if card.exists():
-            text = adopt_card(rename_in_card(card.read_text(), source.resolve().name, load_name), text)
-        card.write_text(text)
+            text = adopt_card(rename_in_card(card.read_text(encoding="utf-8"), source.resolve().name, load_name), text)
+        card.write_text(text, encoding="utf-8")
     return model
 
 
@@ -110,13 +133,13 @@ def pack_checkpoint(
         folder.mkdir()
         _save(model, folder, labels, {})
         card = make_card(model, target.name, load_name, pictures=draw_pictures(model, folder))
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(as_text(card), encoding="utf-8")
     return model
 
 
 def _portable(args: dict) -> dict:
     """A run's arguments without the folders of the machine that it ran on, and as for a run from the start."""
-    return {k: Path(v).name if k in _PATHS and v else v for k, v in args.items()} | {"resume": ""}
+    return {k: as_text(Path(v).name) if k in _PATHS and v else v for k, v in args.items()} | {"resume": ""}
 
 
 def pack_run(
@@ -155,7 +178,7 @@ def pack_run(
     for name in (checkpoint, "args.yaml", "summary.csv"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is no train.py run that finished an epoch: it has no {name}")
-    args = yaml.safe_load((run / "args.yaml").read_text())
+    args = yaml.safe_load((run / "args.yaml").read_text(encoding="utf-8"))
     stored: dict[str, Any] = read_checkpoint(run / checkpoint)
     averaged = stored.get("state_dict_ema") if ema in (True, None) else None
     if ema and averaged is None:
@@ -169,7 +192,7 @@ def pack_run(
     if labels is None:
         labels = _class_names(args)
 
-    with (run / "summary.csv").open() as file:
+    with (run / "summary.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     dataset = args["dataset"].split("/")[-1] or Path(args["data_dir"] or args["data"] or "images").name
     weights = f"those of epoch {stored['epoch'] + 1} of {len(rows)}" + ", averaged (EMA)" * bool(averaged)
@@ -184,7 +207,7 @@ def pack_run(
     with atomic_path(target) as folder:
         folder.mkdir()
         _save(model, folder, labels, model_args)
-        (folder / "args.yaml").write_text(yaml.safe_dump(_portable(args)))
+        (folder / "args.yaml").write_text(yaml.safe_dump(_portable(args)), encoding="utf-8")
         shutil.copy(run / "summary.csv", folder)
         training = Training(
             args=args,
@@ -199,7 +222,7 @@ def pack_run(
         card = make_card(
             model, target.name, load_name or target.name, training, evaluation, draw_pictures(model, folder)
         )
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(as_text(card), encoding="utf-8")
     return model
 
 
@@ -208,19 +231,20 @@ def _class_names(args: dict) -> list[str] | None:
     if args["dataset"].removeprefix("torch/").removeprefix("hfds/") == "cifar10":
         return list(CIFAR10_LABELS)
     root = args["data_dir"] or args["data"]
+    known_extensions()
     try:
         data = create_dataset(args["dataset"], root=root, split=args["train_split"], class_map=args["class_map"])
         index: dict[str, int] = data.reader.class_to_idx
     except Exception:  # every reader of timm has its own
         print(f"no class names: the training data, {root}, can't be read here; --labels gives them", file=sys.stderr)
         return None
-    return sorted(index, key=index.__getitem__)
+    return [as_text(name) for name in sorted(index, key=index.__getitem__)]
 
 
 def _save(model: Any, folder: Path, labels: list[str] | None, model_args: dict) -> None:
     """Weights and configuration, by timm; `model_args` are what `model` differs in from its variant."""
-    if labels and len(labels) != model.num_classes:
-        raise ValueError(f"the model has {model.num_classes} classes, and the labels are {len(labels)}")
+    if labels is not None:
+        check_labels(labels, model.num_classes)
     # The variant's tag and class names say nothing of what this model learned.
     architecture, _, tag = folder.name.partition(".")
     model.pretrained_cfg["tag"] = tag if architecture == model.pretrained_cfg["architecture"] else ""

@@ -52,7 +52,7 @@ def transformed() -> bool:
 def _machine() -> str:
     """What the built code depends on besides its source: a cache may be shared by different processors."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return platform.processor()

@@ -88,11 +88,11 @@ def mend_resumed_summary() -> None:
     def update_summary(epoch, train_metrics, eval_metrics, filename, *args, **kwargs):
         path = Path(filename)
         if path.exists():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 header, *rows = csv.reader(file)
             before = [row for row in rows if row[0].isdigit() and int(row[0]) < epoch]
             if before != rows:
-                with path.open("w", newline="") as file:
+                with path.open("w", newline="", encoding="utf-8") as file:
                     csv.writer(file).writerows([header, *before])
         kwargs["write_header"] = not path.exists()
         original(epoch, train_metrics, eval_metrics, filename, *args, **kwargs)

@@ -65,7 +65,7 @@ def restart_with_allocator_settings(args: list[str]) -> None:
 
 def recipes() -> dict[str, str]:
     """The recipes that ship with the package: name and first comment line."""
-    return {p.stem: p.read_text().splitlines()[0].lstrip("# ") for p in sorted(RECIPES.glob("*.yaml"))}
+    return {p.stem: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for p in sorted(RECIPES.glob("*.yaml"))}
 
 
 def train_arguments(recipe: str, args: list[str]) -> list[str]:

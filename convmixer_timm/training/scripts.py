@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..files import atomic_path, cache_dir
 from .compat import mend_cpu_ddp, mend_mixup_off, mend_resumed_summary
+from .decoding import use_one_reader
 
 __all__ = ["find_script", "run_script"]
 
@@ -68,5 +69,6 @@ def run_script(path: Path, args: list[str]) -> None:
     mend_cpu_ddp()
     mend_mixup_off()
     mend_resumed_summary()
+    use_one_reader()
     sys.argv = [str(path), *args]
     runpy.run_path(str(path), run_name="__main__")

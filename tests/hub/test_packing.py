@@ -1,5 +1,6 @@
 """A training run packed as a checkpoint folder."""
 
+import json
 import shutil
 from argparse import Namespace
 
@@ -8,6 +9,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
 from convmixer_timm.convmixer import WEIGHTS_DIR
@@ -147,3 +149,16 @@ def test_what_is_missing_is_named_and_the_old_folder_stays(run, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no last\.pth\.tar"):
         pack_run(run, target)
     assert (target / "model.safetensors").exists()
+
+
+def test_names_from_an_ascii_locale_are_what_they_were(tmp_path):
+    """Python gives the bytes of other letters as surrogates there."""
+    data = tmp_path / "d\udcc3\udca4t\udcff"
+    for name in ("\udcc3\udcbcn", "b"):
+        (data / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(data / "train" / name / "0.webp")
+    run = make_run(tmp_path / "run", model_kwargs={}, num_classes=2, data_dir=str(data))
+    pack_run(run, tmp_path / "packed")
+    assert "on dät\\xff" in (tmp_path / "packed/README.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "packed/config.json").read_text())["label_names"] == ["b", "ün"]
+    assert yaml.safe_load((tmp_path / "packed/args.yaml").read_text())["data_dir"] == "dät\\xff"
