@@ -1,5 +1,6 @@
 """Images, found and read: one reader for everything that looks at pictures, training by timm's scripts included."""
 
+import contextlib
 import functools
 import glob
 import os
@@ -105,7 +106,8 @@ def load_image(source: Any, channels: int = 3) -> Image.Image:
         image = _open(source)
     else:
         image = _from_array(source)
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode and image is not source else image.convert(mode)
 
 
 def _open(source: str | os.PathLike | BinaryIO) -> Image.Image:
@@ -161,10 +163,9 @@ def _read(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         stated = _stated_range(image)
-        try:
-            image = ImageOps.exif_transpose(image)
-        except Exception:  # damaged EXIF data around a sound picture
-            image = image.copy()
+        with contextlib.suppress(Exception):  # damaged EXIF data around a sound picture
+            if image.getexif().get(0x0112, 1) != 1:
+                image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             image = Image.fromarray(_eight_bits(np.asarray(image), stated))
         if image.mode in ("RGBa", "La"):  # alpha multiplied in already: Pillow goes no other way
@@ -211,9 +212,10 @@ def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None = None) -
         top = next((top for top in tops if max(-least, most) <= top * slack), max(-least, most))
         stated = (-top if least < -top / 2 else 0.0, top)
     black, white = stated
-    numbers = np.nan_to_num(numbers, nan=black, posinf=max(stated), neginf=min(stated))
-    scaled = (numbers - black) * (255 / (white - black))
-    return scaled.round().clip(0, 255).astype(np.uint8)
+    np.nan_to_num(numbers, copy=False, nan=black, posinf=max(stated), neginf=min(stated))
+    numbers -= black  # in place, as a large image has some hundred megabytes
+    numbers *= 255 / (white - black)
+    return numbers.round(out=numbers).clip(0, 255, out=numbers).astype(np.uint8)
 
 
 def _from_array(source: Any) -> Image.Image:
