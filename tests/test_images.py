@@ -85,6 +85,19 @@ def test_a_range_that_the_file_states(dtype, grey, tmp_path):
     assert np.abs(seen(path) - grey).max() <= 1
 
 
+def test_twelve_bits(grey, tmp_path):
+    """As scientific cameras write: a TIFF made by hand, two pixels in three bytes."""
+    values = (grey.astype(int) * 4095 // 255).reshape(-1, 2)
+    first, second = values[:, 0], values[:, 1]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    entries = {256: 32, 257: 32, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 32, 279: len(packed)}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    header = b"II*\0" + struct.pack("<I", 8 + len(packed))
+    directory = struct.pack("<H", len(entries)) + directory + bytes(4)
+    (tmp_path / "deep.tiff").write_bytes(header + packed + directory)
+    assert np.abs(seen(tmp_path / "deep.tiff") - grey).max() <= 1
+
+
 def test_values_that_are_no_numbers(grey, tmp_path):
     values = (grey / 255).astype(np.float32)
     values[0] = [np.nan, np.inf] * 16
