@@ -162,12 +162,13 @@ def _read(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(name, str(error)) from error
     try:
         image.load()
-        stated = _stated_range(image)
+        stated, negative = _stated_range(image), getattr(image, "tag_v2", {}).get(262) == 0  # white is zero
         with contextlib.suppress(Exception):  # damaged EXIF data around a sound picture
             if image.getexif().get(0x0112, 1) != 1:
                 image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
-            image = Image.fromarray(_eight_bits(np.asarray(image), stated))
+            pixels = _eight_bits(np.asarray(image), stated)
+            image = Image.fromarray(255 - pixels if negative else pixels)
         if image.mode in ("RGBa", "La"):  # alpha multiplied in already: Pillow goes no other way
             image = image.convert(f"{image.mode[:-1]}A")
         # What a transparent pixel hides shows too, as in every other reader.
@@ -181,14 +182,12 @@ def _stated_range(image: Image.Image) -> tuple[float, float] | None:
     tags: Any = getattr(image, "tag_v2", {})
     bits = tags.get(258) or (16,)  # BitsPerSample
     if image.mode.startswith("I;16"):
-        stated = (0.0, 2.0 ** bits[0] - 1)
-    elif image.mode == "I" and image.format in ("PNG", "PPM"):  # scaled to 16 bits by Pillow
-        stated = (0.0, 65535.0)
-    elif image.mode in ("I", "F") and 340 in tags and 341 in tags:  # SMinSampleValue, SMaxSampleValue
-        stated = (float(np.min(tags[340])), float(np.max(tags[341])))
-    else:
-        return None
-    return (stated[1], stated[0]) if tags.get(262) == 0 else stated  # PhotometricInterpretation: white is zero
+        return 0.0, 2.0 ** bits[0] - 1
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # scaled to 16 bits by Pillow
+        return 0.0, 65535.0
+    if image.mode in ("I", "F") and 340 in tags and 341 in tags:  # SMinSampleValue, SMaxSampleValue
+        return float(np.min(tags[340])), float(np.max(tags[341]))
+    return None
 
 
 def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None = None) -> np.ndarray:
