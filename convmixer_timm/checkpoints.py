@@ -27,7 +27,7 @@ import torch.nn as nn
 from .errors import one_line, os_reason
 from .files import atomic_path
 
-__all__ = ["Shape", "checkpoint_filter_fn", "convert", "read_checkpoint", "to_timm_layout"]
+__all__ = ["Shape", "check_sizes", "checkpoint_filter_fn", "convert", "read_checkpoint", "to_timm_layout"]
 
 # In an order in which no key ends like that of a layout before it.
 _MARKERS = {
@@ -183,6 +183,17 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
         wanted, got = (", ".join(f"{name} {sizes[name]}" for name in names) for sizes in (expected, found))
         raise ValueError(f"The checkpoint is a ConvMixer of another size: expected {wanted}; found {got}.")
     return state_dict
+
+
+def check_sizes(said: dict[str, Any], state_dict: StateDict, source: str | Path) -> None:
+    """Raises ValueError if the sizes that `source` says, by `Shape`'s names, aren't those of a ConvMixer's weights.
+
+    For before a model is made by them: a damaged number may ask for more memory than there is.
+    """
+    found = asdict(Shape.of(to_timm_layout(state_dict)[0]))
+    for name, value in said.items():
+        if isinstance(value, int) and name in found and value not in (found[name], 0):
+            raise ValueError(f"{source} says {name} {value}, and the weights have {found[name]}")
 
 
 def read_checkpoint(path: str | Path) -> StateDict:

@@ -79,20 +79,20 @@ def timeout_cause(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def local_reason(error: OSError) -> str:
-    """What is wrong with this machine's files, and what to do."""
+def local_reason(error: OSError, setting: str = "HF_HOME") -> str:
+    """What is wrong with this machine's files, and what to do; `setting` says where they are."""
     named = error.filename2 or error.filename
-    where = os.fsdecode(named) if isinstance(named, str | bytes) else f"HF_HOME ({constants.HF_HOME})"
+    where = os.fsdecode(named) if isinstance(named, str | bytes) else f"the folder of {setting}"
     said = f"{where}: {os_reason(error)}"
     if error.errno in _DISK:
-        return f"{said}: free some space, or set HF_HOME to a folder on another disk"
+        return f"{said}: free some space, or set {setting} to a folder on another disk"
     if error.errno in _RIGHTS:
-        return f"{said}: get the right to write there, or set HF_HOME to a folder of yours"
+        return f"{said}: get the right to write there, or set {setting} to a folder of yours"
     if error.errno in _PATHS:
         blocker = next((p for p in (Path(where), *Path(where).parents) if p.exists()), None)
         if blocker and blocker != Path(where) and not blocker.is_dir():
             said = f"{blocker} is a file, so nothing can be put below it"
-        return f"{said}: set HF_HOME to a folder"
+        return f"{said}: set {setting} to a folder"
     return f"{said}: the trouble is this machine's, not the Hub's"
 
 

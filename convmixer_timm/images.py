@@ -1,5 +1,6 @@
 """Images, found and read: one reader for everything that looks at pictures, training by timm's scripts included."""
 
+import contextlib
 import functools
 import glob
 import os
@@ -105,7 +106,8 @@ def load_image(source: Any, channels: int = 3) -> Image.Image:
         image = _open(source)
     else:
         image = _from_array(source)
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode and image is not source else image.convert(mode)
 
 
 def _open(source: str | os.PathLike | BinaryIO) -> Image.Image:
@@ -160,13 +162,13 @@ def _read(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(name, str(error)) from error
     try:
         image.load()
-        stated = _stated_range(image)
-        try:
-            image = ImageOps.exif_transpose(image)
-        except Exception:  # damaged EXIF data around a sound picture
-            image = image.copy()
+        stated, negative = _stated_range(image), getattr(image, "tag_v2", {}).get(262) == 0  # white is zero
+        with contextlib.suppress(Exception):  # damaged EXIF data around a sound picture
+            if image.getexif().get(0x0112, 1) != 1:
+                image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
-            image = Image.fromarray(_eight_bits(np.asarray(image), stated))
+            pixels = _eight_bits(np.asarray(image), stated)
+            image = Image.fromarray(255 - pixels if negative else pixels)
         if image.mode in ("RGBa", "La"):  # alpha multiplied in already: Pillow goes no other way
             image = image.convert(f"{image.mode[:-1]}A")
         # What a transparent pixel hides shows too, as in every other reader.
@@ -180,14 +182,12 @@ def _stated_range(image: Image.Image) -> tuple[float, float] | None:
     tags: Any = getattr(image, "tag_v2", {})
     bits = tags.get(258) or (16,)  # BitsPerSample
     if image.mode.startswith("I;16"):
-        stated = (0.0, 2.0 ** bits[0] - 1)
-    elif image.mode == "I" and image.format in ("PNG", "PPM"):  # scaled to 16 bits by Pillow
-        stated = (0.0, 65535.0)
-    elif image.mode in ("I", "F") and 340 in tags and 341 in tags:  # SMinSampleValue, SMaxSampleValue
-        stated = (float(np.min(tags[340])), float(np.max(tags[341])))
-    else:
-        return None
-    return (stated[1], stated[0]) if tags.get(262) == 0 else stated  # PhotometricInterpretation: white is zero
+        return 0.0, 2.0 ** bits[0] - 1
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # scaled to 16 bits by Pillow
+        return 0.0, 65535.0
+    if image.mode in ("I", "F") and 340 in tags and 341 in tags:  # SMinSampleValue, SMaxSampleValue
+        return float(np.min(tags[340])), float(np.max(tags[341]))
+    return None
 
 
 def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None = None) -> np.ndarray:
@@ -211,9 +211,10 @@ def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None = None) -
         top = next((top for top in tops if max(-least, most) <= top * slack), max(-least, most))
         stated = (-top if least < -top / 2 else 0.0, top)
     black, white = stated
-    numbers = np.nan_to_num(numbers, nan=black, posinf=max(stated), neginf=min(stated))
-    scaled = (numbers - black) * (255 / (white - black))
-    return scaled.round().clip(0, 255).astype(np.uint8)
+    np.nan_to_num(numbers, copy=False, nan=black, posinf=max(stated), neginf=min(stated))
+    numbers -= black  # in place, as a large image has some hundred megabytes
+    numbers *= 255 / (white - black)
+    return numbers.round(out=numbers).clip(0, 255, out=numbers).astype(np.uint8)
 
 
 def _from_array(source: Any) -> Image.Image:

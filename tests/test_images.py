@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from convmixer_timm.images import ImageError, find_images, load_image
 
@@ -63,26 +64,38 @@ def test_a_dark_16_bit_image_stays_dark(grey, tmp_path):
         assert seen(tmp_path / name).max() <= 1
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
-def test_a_range_that_the_file_states(dtype, grey, tmp_path):
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
-
+def test_a_range_that_the_file_states(grey, tmp_path):
     tags = ImageFileDirectory_v2()
-    if dtype == np.float32:
-        tags[340], tags[341] = 100.0, 355.0
-        tags.tagtype[340] = tags.tagtype[341] = 11
-        values = (grey + 100.0).astype(dtype)
-    else:
-        tags[262] = 0  # white is zero
-        values = 65535 - grey.astype(dtype) * 257
-    path = tmp_path / "stated.tiff"
-    Image.fromarray(values).save(path, tiffinfo=tags)
-    if dtype == np.uint16:  # Pillow writes its own photometric interpretation: the tag is set by hand
-        content = bytearray(path.read_bytes())
-        at = content.index(struct.pack("<HHI", 262, 3, 1))
-        content[at + 8 : at + 10] = b"\0\0"
-        path.write_bytes(content)
+    tags[340], tags[341] = 100.0, 355.0
+    tags.tagtype[340] = tags.tagtype[341] = 11  # floats
+    Image.fromarray((grey + 100.0).astype(np.float32)).save(tmp_path / "stated.tiff", tiffinfo=tags)
+    assert np.abs(seen(tmp_path / "stated.tiff") - grey).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "values", [lambda grey: 65535 - grey.astype(np.uint16) * 257, lambda grey: 1 - (grey / 255).astype(np.float32)]
+)
+def test_white_is_zero_where_the_file_says_so(values, grey, tmp_path):
+    path = tmp_path / "negative.tiff"
+    Image.fromarray(values(grey)).save(path)
+    content = bytearray(path.read_bytes())
+    at = content.index(struct.pack("<HHI", 262, 3, 1))  # which Pillow always writes as "black is zero"
+    content[at + 8 : at + 10] = b"\0\0"
+    path.write_bytes(content)
     assert np.abs(seen(path) - grey).max() <= 1
+
+
+def test_twelve_bits(grey, tmp_path):
+    """As scientific cameras write: a TIFF made by hand, two pixels in three bytes."""
+    values = (grey.astype(int) * 4095 // 255).reshape(-1, 2)
+    first, second = values[:, 0], values[:, 1]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    entries = {256: 32, 257: 32, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 32, 279: len(packed)}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    header = b"II*\0" + struct.pack("<I", 8 + len(packed))
+    directory = struct.pack("<H", len(entries)) + directory + bytes(4)
+    (tmp_path / "deep.tiff").write_bytes(header + packed + directory)
+    assert np.abs(seen(tmp_path / "deep.tiff") - grey).max() <= 1
 
 
 def test_values_that_are_no_numbers(grey, tmp_path):

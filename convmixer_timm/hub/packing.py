@@ -19,7 +19,7 @@ import torch.nn as nn
 import yaml
 from timm.data import create_dataset, resolve_data_config
 
-from ..checkpoints import checkpoint_filter_fn, read_checkpoint
+from ..checkpoints import check_sizes, checkpoint_filter_fn, read_checkpoint
 from ..convmixer import CIFAR10_LABELS, ConvMixer
 from ..files import as_text, atomic_path
 from ..images import known_extensions
@@ -184,6 +184,8 @@ def pack_run(
     if ema and averaged is None:
         raise ValueError(f"{run} has no averaged weights")
     model_args = {**args["model_kwargs"], **({"global_pool": args["gp"]} if args["gp"] else {})}
+    sizes = {"num_classes": args["num_classes"], "in_chans": args["in_chans"], **args["model_kwargs"]}
+    check_sizes(sizes, averaged or stored["state_dict"], run / "args.yaml")
     model: Any = timm.create_model(
         args["model"].split(".")[0], num_classes=args["num_classes"], in_chans=args["in_chans"], **model_args
     )

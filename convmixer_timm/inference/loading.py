@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn as nn
 from timm.data import create_transform, resolve_model_data_config
 
-from ..checkpoints import Shape, checkpoint_filter_fn, read_checkpoint, to_timm_layout
+from ..checkpoints import check_sizes, checkpoint_filter_fn, read_checkpoint
 from ..convmixer import ConvMixer
 from .download import download
 
@@ -113,10 +112,7 @@ def check_description(config: Path, state_dict: dict[str, torch.Tensor]) -> None
         raise ValueError(f"{config} is of {architecture!r}, which is no architecture that timm or this package knows")
     if not architecture.startswith("convmixer"):
         return
-    weights = asdict(Shape.of(to_timm_layout(state_dict)[0]))
-    for name, value in sizes.items():
-        if isinstance(value, int) and name in weights and value not in (weights[name], 0):
-            raise ValueError(f"{config} says {name} {value}, and the weights have {weights[name]}")
+    check_sizes(sizes, state_dict, config)
 
 
 def check_preprocessing(model: nn.Module, source: str) -> None:

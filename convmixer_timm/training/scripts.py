@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from ..errors import local_cause, local_reason
 from ..files import atomic_path, cache_dir
 from .compat import mend_cpu_ddp, mend_mixup_off, mend_resumed_summary
 from .decoding import use_one_reader
@@ -32,6 +33,7 @@ def find_script(name: str, folder: str | Path | None = None) -> Path:
     Raises:
         FileNotFoundError: If the folder has no such script.
         ConnectionError: If it can't be downloaded; the message tells how to use a clone instead.
+        OSError: If it can't be kept here: the disk is full, say.
     """
     import timm
 
@@ -52,6 +54,8 @@ def find_script(name: str, folder: str | Path | None = None) -> Path:
             with urllib.request.urlopen(url, timeout=30) as response, atomic_path(path) as temporary:
                 temporary.write_bytes(response.read())
         except (urllib.error.URLError, OSError) as error:
+            if (local := local_cause(error)) is not None:
+                raise OSError(local_reason(local, "XDG_CACHE_HOME")) from error
             reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else error
             raise ConnectionError(
                 f"timm's {filename} could not be downloaded ({reason}). Clone https://github.com/{REPOSITORY} "

@@ -71,6 +71,24 @@ def test_a_hub_that_does_not_answer_in_time(monkeypatch):
         download.download("ann/x")
 
 
+def test_publishing_without_a_place_for_files(server, tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "convmixer_timm", "publish", str(SOURCE), "--repo-id", "ann/new"]
+    for settings, size, message in [
+        ({"HF_HOME": str(tmp_path / "file")}, None, ""),  # nothing of it is needed
+        ({}, 10_000, "file too large"),
+    ]:
+
+        def limit(size=size):
+            if size:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+        env = {**environment(server, tmp_path / "home"), "HF_TOKEN": "hf_ann", **settings}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, preexec_fn=limit)
+        assert done.returncode == bool(message), done.stderr
+        assert message in done.stderr and "Traceback" not in done.stderr and "no answer" not in done.stderr
+
+
 class Failed(Exception):
     """As the clients' own, whatever the operating system said to them."""
 

@@ -210,6 +210,7 @@ def test_one_or_many_images_of_any_kind(model):
     assert len(list(predict(model, iter([cat] * 5), batch_size=2))) == 5
     folder = list(predict(model, IMAGES, topk=1))
     assert len(folder) == 30 and folder[0][0] == IMAGES / "airplane/0000.jpg"
+    assert [path for path, _ in predict(model, np.array([str(cat)] * 2))] == [str(cat)] * 2
     assert list(predict(model, [])) == []
 
 
@@ -247,6 +248,7 @@ def test_an_image_that_cannot_be_read_is_named(model, tmp_path):
     [
         (7, "images are paths, PIL images or arrays"),
         (None, "images are paths, PIL images or arrays"),
+        (np.array(7), "got a ndarray"),
         ([7], "an image is a path, a PIL image or an array"),
         (np.zeros((3, 32, 32)), r"got \[3, 32, 32\]"),
         ([torch.zeros(1, 3, 32, 32)], r"got \[1, 3, 32, 32\]"),

@@ -169,6 +169,17 @@ def test_download_problems_tell_what_to_do(server, monkeypatch, capsys):
     assert "TIMM_SCRIPTS" in capsys.readouterr().err
 
 
+def test_a_cache_that_cannot_be_written_is_no_network(server, monkeypatch, capsys, tmp_path):
+    folder = server[0] / f"v{timm.__version__}"
+    folder.mkdir()
+    (folder / "hello.py").write_text("print('hello')")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert main(["run", "hello"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path}/file is a file, so nothing can be put below it: set XDG_CACHE_HOME to a folder" in line
+
+
 def test_missing_script_is_named(tmp_path, capsys):
     (tmp_path / "validate.py").touch()
     assert main(["run", "--timm-scripts", str(tmp_path), "train"]) == 1
