@@ -172,7 +172,10 @@ def read_checkpoint(path: str | Path) -> StateDict:
             return safetensors.torch.load_file(path)
         # timm's checkpoints carry their training arguments as a Namespace
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, no tensors by name")
+        return content
     except Exception as error:  # torch, pickle, zipfile and safetensors each have their own
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ValueError(f"{path} can't be read as weights: {reason}") from error

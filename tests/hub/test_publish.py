@@ -91,13 +91,10 @@ def mended(server):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of train.py on two classes."""
+    """A finished run of train.py on two classes, whose data are not on this machine."""
     folder = tmp_path_factory.mktemp("data")
-    for split in ("train", "validation"):
-        for name in ("bee", "ant"):
-            (folder / "insects" / split / name).mkdir(parents=True)
-            shutil.copy(IMAGES / "bird/0000.jpg", folder / "insects" / split / name)
-    return make_run(folder / "run", data_dir=str(folder / "insects"), num_classes=2, img_size=64, model_kwargs={})
+    changes = {"data_dir": str(folder / "insects"), "num_classes": 2, "img_size": 64, "model_kwargs": {}}
+    return make_run(folder / "run", ["ant", "bee"], **changes)
 
 
 def changed(run, target):
@@ -133,14 +130,14 @@ def test_published_run_is_whole_and_described(server, client, run):
     assert card.data.license == "mit"
     assert card.data.library_name == "timm"
     assert {"timm", "image-classification"} <= set(card.data.tags)
-    assert card.data.datasets == ["insects"]
-    assert {r.metric_name: r.metric_value for r in card.data.eval_results} == {
-        "Top 1 Accuracy": 82.52,
-        "Top 5 Accuracy": 99.0,
-    }
+    assert card.data.datasets is None  # nothing of that name is on the Hub
+    (result,) = card.data.eval_results  # of two classes a top-5 is always right
+    assert (result.metric_name, result.metric_value, result.dataset_type) == ("Top 1 Accuracy", 82.52, "imagefolder")
+    assert card.data.metrics == ["accuracy"]
     assert 'timm.create_model("hf-hub:ann/insects", pretrained=True)' in card.text
     assert "import convmixer_timm" in card.text
-    assert "measured on" in card.text and "| insects, validation |" in card.text
+    assert 'pipeline("image-classification", model="ann/insects")' in card.text
+    assert "| top-1 | measured on |\n|---|---|\n| 82.52 | insects, validation, 40 images |" in card.text
     assert "trockman2023patches" in card.text
     assert "curve.png" in card.text
 
@@ -251,9 +248,12 @@ def test_bundled_folder_and_checkpoint_file(server, client, run, tmp_path):
     file = tmp_path / "weights.safetensors"
     shutil.copy(SOURCE / "model.safetensors", file)
     assert "--model" in client.fails("publish", file, "--repo-id", "ann/file")
-    assert client("publish", file, "--repo-id", "ann/file", "--model", "convmixer_128_4")[0] == 0
+    code, _, err = client("publish", file, "--repo-id", "ann/file", "--model", "convmixer_128_4")
+    assert code == 0
+    assert "--labels" in err
     files = server.files("ann/file")
-    assert json.loads(files["config.json"])["label_names"][0] == "airplane"
+    # Ten classes of one's own are not CIFAR-10's.
+    assert json.loads(files["config.json"])["label_names"] == [str(i) for i in range(10)]
     assert b"No accuracy was measured" in files["README.md"]
 
 
