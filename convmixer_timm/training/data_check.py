@@ -91,6 +91,8 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
         reading.check_layout()
     if val_split:
         _compare_classes(train, readings["validation"])
+    if train.count == 1 and not train.mapped:
+        raise ValueError(f"{train.where} has one class only: {_listed(train.classes or ['0'])}")
     _check_count(args, train)
     batch = args.batch_size * processes
     if train.images is not None and not train.iterable and train.images < batch:
@@ -168,8 +170,6 @@ class _Reading:
             if len(parts) != 2 and self.kind == "" and not self.mapped:
                 told = "in no class's folder" if len(parts) == 1 else "deeper than its class's folder"
                 raise ValueError(f"{path} is {told}: images are looked for in {self.where}/CLASS/IMAGE")
-        if self.count == 1 and not self.mapped:
-            raise ValueError(f"{self.where} has one class only: {_listed(self.classes or ['0'])}")
 
     def digest(self) -> str:
         """Reads a sample of the images, and tells this data from other data."""
@@ -179,6 +179,8 @@ class _Reading:
             digest.update(repr((self._parts(path), target, size)).encode())
         if self.iterable:
             samples = self._read("", lambda: list(itertools.islice(self.dataset, 8)))
+            if not samples:
+                raise ValueError(f"{self.where} has no image that can be read")
             targets = [target for _, target, *_ in samples]
             digest.update(b"".join(image.tobytes() for image, *_ in samples))
         else:
