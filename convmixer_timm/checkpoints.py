@@ -114,6 +114,8 @@ def to_timm_layout(state_dict: StateDict) -> tuple[StateDict, str]:
     Raises:
         ValueError: If the keys are those of no known ConvMixer.
     """
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"Not a ConvMixer checkpoint: expected tensors by name, found a {type(state_dict).__name__}")
     for wrapper in _WRAPPERS:
         inner = state_dict.get(wrapper)
         if isinstance(inner, dict):

@@ -70,7 +70,16 @@ def load_folder(folder: Path) -> nn.Module:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}")
-    model = timm.create_model(f"local-dir:{folder}")
+    try:
+        model = timm.create_model(f"local-dir:{folder}")
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # timm's own, for each slip another
+        raise ValueError(f"{folder}: config.json doesn't describe a model to timm: {error}") from error
     state_dict = read_checkpoint(folder / "model.safetensors")
     if isinstance(model, ConvMixer):
         state_dict = checkpoint_filter_fn(state_dict, model)

@@ -42,9 +42,8 @@ def make_run(folder, classes=None, name="insects", **changes):
         data = Data(name, classes, splits, "validation", len(classes))
         Record.of(Namespace(**args), data).write(folder)
     torch.manual_seed(0)
-    model = timm.create_model(
-        "convmixer_128_4", num_classes=args["num_classes"], in_chans=args["in_chans"], **args["model_kwargs"]
-    )
+    kwargs = args["model_kwargs"] if args["model"].startswith("convmixer_128_4") else {}
+    model = timm.create_model("convmixer_128_4", num_classes=args["num_classes"], in_chans=args["in_chans"], **kwargs)
     torch.save({"state_dict": model.state_dict(), "epoch": 9, "args": Namespace(**args)}, folder / "last.pth.tar")
     return folder
 

@@ -281,6 +281,20 @@ def test_other_architectures_are_refused(client, tmp_path):
     assert "no ConvMixer" in client.fails("publish", tmp_path / "resnet", "--repo-id", "ann/x")
 
 
+def test_run_that_began_with_a_checkpoint_of_the_hub(server, client, tmp_path):
+    """Whose name has a dot in it, and which is not its architecture's."""
+    assert client("publish", SOURCE, "--repo-id", "ann/mixer_v1.2")[0] == 0
+    run = make_run(tmp_path / "run", model="hf-hub:ann/mixer_v1.2", pretrained=True, num_classes=10)
+    code, _, err = client("publish", run, "--repo-id", "ann/tuned")
+    assert code == 0, err
+    files = server.files("ann/tuned")
+    assert json.loads(files["config.json"])["architecture"] == "convmixer_128_4"
+    metadata = ModelCard(files["README.md"].decode()).data.to_dict()
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("ann/mixer_v1.2", "finetune")
+    run = make_run(tmp_path / "gone", model="hf-hub:ann/gone", num_classes=10)
+    assert "hf-hub:ann/gone" in client.fails("publish", run, "--repo-id", "ann/tuned")
+
+
 def test_labels_must_fit(client, run, tmp_path):
     (tmp_path / "labels.txt").write_text("ant\nbee\nwasp\n")
     assert "2 classes" in client.fails("publish", run, "--repo-id", "ann/x", "--labels", tmp_path / "labels.txt")
