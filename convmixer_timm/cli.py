@@ -217,5 +217,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(error: Exception) -> int:
-    print(f"convmixer-timm: error: {' '.join(str(error).split())}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # once, where torchrun started several
+        print(f"convmixer-timm: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 1
