@@ -249,7 +249,7 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
     checkpoint = Path(options.checkpoint or "")
     record = Record.read(checkpoint.parent) if options.checkpoint else None
     if record:
-        added = told_by_record(record, script_flags(path), getattr(options, "img_size", None) is not None)
+        added = told_by_record(record, script_flags(path))
         _say(f"From {checkpoint.parent / FILE}: {' '.join(added)}")
         args = [*added, *args]
         options = script_options(path, args) or options
@@ -258,26 +258,34 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
     return args
 
 
-def told_by_record(record: Record, flags: set[str], img_size: bool = False) -> list[str]:
+def told_by_record(record: Record, flags: set[str]) -> list[str]:
     """A run's model and its preprocessing as arguments of one of timm's scripts, as far as it has such.
 
     Args:
         record: The run's.
         flags: The script's.
-        img_size: Whether the user chose a size.
     """
-    told = record.model.preprocessing
+    told, kwargs = record.model.preprocessing, dict(record.model.args)
+    channels, height, width = told["input_size"]
+    if "--label-type" in flags and record.data.classes:
+        kwargs["pretrained_cfg_overlay"] = {"label_names": record.data.classes}
     args: dict[str, Any] = {
-        "--model": [record.model.architecture],
-        "--num-classes": [record.model.num_classes],
-        "--in-chans": [told["input_size"][0]],
-        "--input-size": [] if img_size else told["input_size"],
-        **{f"--{name}": told.get(name.replace("-", "_")) for name in ("mean", "std", "crop-pct", "interpolation")},
-        "--model-kwargs": [f"{name}={value!r}" for name, value in record.model.args.items()],
+        "--model": record.model.architecture,
+        # timm splits each at its '='.
+        "--model-kwargs": [f"{name}={value!r}" for name, value in kwargs.items() if "=" not in repr(value)],
+        "--mean": told["mean"],
+        "--std": told["std"],
+        "--crop-pct": told["crop_pct"],
+        "--interpolation": told["interpolation"],
+        "--in-chans": channels,
+        # Another size of the user's own, given by either option, counts more than one by --img-size.
+        **({"--img-size": height} if height == width else {"--input-size": told["input_size"]}),
+        # The last one takes one value, so that a script's own first argument stays that.
+        "--num-classes": record.model.num_classes,
     }
     out = []
     for flag, value in args.items():
-        values = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
         if flag in flags and values:
             out += [flag, *map(str, values)]
     return out

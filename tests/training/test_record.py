@@ -1,5 +1,6 @@
 """What a run is, written down when it starts; and trainings that go on, or don't, by it."""
 
+import csv
 import json
 import os
 import shutil
@@ -92,11 +93,14 @@ def test_the_model(tmp_path):
 
 
 def test_arguments_of_other_scripts():
-    record = make_record(num_classes=2, input_size=[3, 48, 48], model_kwargs={"depth": 2})
-    flags = {"--model", "--num-classes", "--input-size", "--model-kwargs"}
-    told = "--model convmixer_128_4 --num-classes 2 --input-size 3 48 48 --model-kwargs depth=2"
+    record = make_record(num_classes=2, img_size=48, model_kwargs={"depth": 2})
+    flags = {"--model", "--num-classes", "--img-size", "--input-size", "--model-kwargs"}
+    told = "--model convmixer_128_4 --model-kwargs depth=2 --img-size 48 --num-classes 2"
     assert told_by_record(record, flags) == told.split()
-    assert "--input-size" not in told_by_record(record, flags, img_size=True)
+    wide = told_by_record(make_record(num_classes=2, input_size=[3, 48, 64]), flags)
+    assert " ".join(wide) == "--model convmixer_128_4 --input-size 3 48 64 --num-classes 2"
+    named = told_by_record(record, {*flags, "--label-type"})
+    assert "pretrained_cfg_overlay={'label_names': ['ant', 'bee']}" in named
 
 
 # Trainings. Each is a process of its own, on a few images of 8 pixels.
@@ -204,7 +208,17 @@ def test_inference_of_a_fine_tuned_run(train, timm_scripts, tmp_path):
     make_data(tmp_path / "a")
     assert train().returncode == 0
     command = [sys.executable, "-m", "convmixer_timm", "run", "--no-cpu-settings", "inference", "--device", "cpu"]
-    command += ["--checkpoint", "output/train/finetune/last.pth.tar", "-j", "0", "-b", "2", "--data-dir", "a/train"]
+    command += [
+        "--checkpoint",
+        "output/train/finetune/last.pth.tar",
+        "-j",
+        "0",
+        "-b",
+        "2",
+        "--fullname",
+        "--data-dir",
+        "a/train",
+    ]
     env = {**os.environ, "TIMM_SCRIPTS": str(timm_scripts), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     try:
@@ -213,6 +227,9 @@ def test_inference_of_a_fine_tuned_run(train, timm_scripts, tmp_path):
         assert "pip install pandas" in refused(result)
     else:
         assert result.returncode == 0, result.stderr
+        (file,) = tmp_path.glob("*.csv")
+        with file.open() as rows:
+            assert {row["label"] for row in csv.DictReader(rows)} <= {"ant", "bee"}
 
 
 def test_a_run_from_a_packed_folder(train, tmp_path, capsys):
