@@ -1,5 +1,6 @@
 """Model cards: what a checkpoint's README.md says, and how it keeps what people wrote into it."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,8 +227,8 @@ def adopt_card(own: str, generated: str) -> str:
     return _compose(ModelCardData(**metadata), f"{BEGIN}\n\n{card.text.strip()}\n\n{END}")
 
 
-def rename_in_card(card: str, name: str, load_name: str) -> str:
-    """A card of `make_card` for the same checkpoint, loaded from elsewhere."""
-    return card.replace(f'create_model("{name}"', f'create_model("{load_name}"').replace(
-        f"--model {name}`", f"--model {load_name}`"
-    )
+def rename_in_card(card: str, load_name: str) -> str:
+    """A card of `make_card` for the same checkpoint, loaded from elsewhere; somebody's own card as it is."""
+    before, begin, rest = card.partition(BEGIN)
+    use = re.compile(r"## Use\n.*?(?=\n\n(?:## |!\[|<!--))", re.DOTALL)
+    return before + begin + use.sub(lambda _: _use(load_name), rest, count=1)

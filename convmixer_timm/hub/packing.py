@@ -42,7 +42,7 @@ def pack(source: Source, target: Path, load_name: str | None = None) -> None:
             pictures = _draw(source, folder)
         card = make_card(source.model, target.name, load_name, source.training, source.evaluation, pictures)
         if source.card:
-            card = adopt_card(rename_in_card(source.card, source.name, load_name), card)
+            card = adopt_card(rename_in_card(source.card, load_name), card)
         (folder / "README.md").write_text(card)
 
 

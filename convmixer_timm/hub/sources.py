@@ -46,7 +46,6 @@ class Source:
         evaluation: Its accuracy, if it was measured.
         files: Files to take along, by name.
         card: Its own card, if it has one.
-        name: What that card calls it.
         left_out: Files of its folder that are not taken along.
     """
 
@@ -57,7 +56,6 @@ class Source:
     evaluation: Evaluation | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     card: str = ""
-    name: str = ""
     left_out: tuple[str, ...] = ()
 
 
@@ -105,7 +103,6 @@ def _read_folder(folder: Path, labels: list[str] | None) -> Source:
         model,
         files={name: path.read_bytes() for name, path in taken.items()},
         card=card.read_text() if card else "",
-        name=folder.resolve().name,
         left_out=tuple(sorted(files.keys() - taken.keys() - {"README.md"})),
     )
 
