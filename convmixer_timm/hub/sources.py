@@ -262,7 +262,11 @@ def _data(record: Record | None, args: dict[str, Any], split: str) -> str:
     name = record.data.name if record else args["dataset"]
     reader, _, rest = name.partition("/")
     name = (rest if reader in _READERS else name) or Path(args["data_dir"] or args["data"] or "images").name
-    told = f"{name}, {args['val_split']}" if split == "validation" else name
+    # Of these torchvision gives the test images for whatever is not called training.
+    part = (
+        "test" if reader == "torch" and name.lower().endswith(("cifar10", "cifar100", "mnist")) else args["val_split"]
+    )
+    told = f"{name}, {part}" if split == "validation" else name
     images = record.data.splits[split].images if record and split in record.data.splits else None
     return told if images is None else f"{told}, {images:,} images"
 

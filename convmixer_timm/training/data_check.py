@@ -258,19 +258,23 @@ def _reason(error: Exception) -> str:
 
 
 def _validation(args: Namespace) -> tuple[_Reading, str]:
-    """The split to validate on, with its name."""
-    split = args.val_split
-    reading = _Reading(args, split)
-    if reading.in_root and split == "validation" and os.path.isdir(os.path.join(args.data_dir, "test")):
-        split = "test"
-        reading = _Reading(args, split)
-    if reading.in_root:
-        names = "validation, val or test" if split == "validation" else split
-        raise ValueError(
-            f"{args.data_dir} has no folder {names} to validate on: put images that are not trained on there, or name "
-            "another folder by --val-split"
-        )
-    return reading, split
+    """The split to validate on, with its name: ``val`` or ``test`` where there is no ``validation``."""
+    names = ["validation", "val", "test"] if args.val_split == "validation" else [args.val_split]
+    problem: ValueError | None = None
+    for name in names:
+        try:
+            reading = _Reading(args, name)
+        except ValueError as error:
+            if not args.dataset:
+                raise
+            problem = problem or error  # of other readers the one way to say that there is no such split
+            continue
+        if not reading.in_root:
+            return reading, name
+    raise problem or ValueError(
+        f"{args.data_dir} has no folder {', '.join(names)} to validate on: put images that are not trained on there, "
+        "or name another folder by --val-split"
+    )
 
 
 def _class_names(reader: Any) -> tuple[list[str] | None, int | None]:
@@ -279,7 +283,10 @@ def _class_names(reader: Any) -> tuple[list[str] | None, int | None]:
     if index:
         count = 1 + max(index.values())
         names = sorted(index, key=index.__getitem__)
-        return ([str(name) for name in names], count) if len(names) == count else (None, count)
+        if len(names) != count:  # ImageNet's classes have several names each
+            names = getattr(reader, "classes", [])
+        told = [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+        return (told, count) if len(told) == count else (None, count)
     if hasattr(reader, "iter_targets"):
         targets = [target for target in reader.iter_targets() if isinstance(target, int)]
         return None, 1 + max(targets) if targets else None

@@ -176,7 +176,7 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     processes = int(os.environ.get("WORLD_SIZE", 1))
     data = check_training_data(options, processes)
     if data.val_split != options.val_split:
-        _say(f"{options.data_dir} has no folder {options.val_split}: validating on {data.val_split}")
+        _say(f"{data.name} has no {options.val_split}: validating on {data.val_split}")
         args = [*args, "--val-split", data.val_split]
     if options.num_classes is None and data.num_classes is not None:
         args = [*args, "--num-classes", str(data.num_classes)]

@@ -164,6 +164,7 @@ def test_data_sets_as_the_hub_names_them(dataset, hub, shown, recorded, tmp_path
     assert card.data.datasets == hub
     assert {r.dataset_type for r in card.data.eval_results} == set(hub or ["imagefolder"])
     assert f"epochs on {shown}" in card.text
+    assert f"| {shown}, {'test' if shown == 'cifar10' else 'validation'}" in card.text
 
 
 @pytest.mark.parametrize(

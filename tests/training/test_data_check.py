@@ -5,11 +5,12 @@ import random
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from PIL import Image
 
-from convmixer_timm.training.data_check import check_evaluation_data, check_training_data
+from convmixer_timm.training.data_check import _class_names, check_evaluation_data, check_training_data
 
 DEFAULTS = {
     "data": None,
@@ -88,7 +89,7 @@ def cut(*parts):
 @pytest.mark.parametrize(
     "harm, message",
     [
-        (remove("validation"), "no folder validation, val or test"),
+        (remove("validation"), "no folder validation, val, test"),
         (remove("train"), "no folder train"),
         (remove("validation", "bee"), "validation lacks bee"),
         (empty("validation", "bee"), "validation lacks bee"),
@@ -176,6 +177,14 @@ def test_torchvisions_data_sets(tmp_path):
         check(tmp_path, dataset="torch/nothing")
 
 
+def test_several_names_a_class():
+    class Reader:
+        class_to_idx: ClassVar = {"tench": 0, "Tinca tinca": 0, "goldfish": 1}
+        classes: ClassVar = [("tench", "Tinca tinca"), ("goldfish",)]
+
+    assert _class_names(Reader()) == (["tench, Tinca tinca", "goldfish"], 2)
+
+
 def test_hugging_faces_data_sets(tmp_path):
     pytest.importorskip("datasets")
     make_data(tmp_path / "insects")
@@ -183,6 +192,10 @@ def test_hugging_faces_data_sets(tmp_path):
     assert (data.name, data.classes, data.splits["train"].images) == ("insects", ["ant", "bee"], 6)
     with pytest.raises(ValueError, match="--num-classes 2"):
         check(tmp_path / "cache", dataset=f"hfds/{tmp_path / 'insects'}", num_classes=3)
+    make_data(tmp_path / "tested", splits=("train", "test"))
+    assert check(tmp_path / "cache", dataset=f"hfds/{tmp_path / 'tested'}").val_split == "test"
+    with pytest.raises(ValueError, match="Unknown split"):
+        check(tmp_path / "cache", dataset=f"hfds/{tmp_path / 'tested'}", val_split="other")
 
 
 def test_a_reader_that_tells_no_classes_is_said_not_to_be_checked(tmp_path):

@@ -182,7 +182,7 @@ def test_nothing_is_written_where_nothing_can_be_trained(train, tmp_path):
     assert "Unknown model" in refused(train("--model", "convmixer_1_1"))
     assert not (tmp_path / "output").exists()
     result = train()
-    assert result.returncode == 0 and "a has no folder validation: validating on test" in result.stderr
+    assert result.returncode == 0 and "a has no validation: validating on test" in result.stderr
 
 
 def test_validation_of_a_fine_tuned_run(train, timm_scripts, tmp_path, monkeypatch):
