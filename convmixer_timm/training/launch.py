@@ -184,14 +184,16 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     assert options is not None
     record = Record.of(options, data, recipe, processes)
     run = Path(options.output or "output/train") / options.experiment if options.experiment else None
-    if options.resume:
-        resumed = Path(options.resume)
+    if run and not (run / LAST).exists():
+        run = None  # there is none yet
+    resumed = Path(options.resume) if options.resume else None
+    if run and not (resumed.parent.resolve() == run.resolve() if resumed else recipe):
+        raise ValueError(
+            f"{run} has a run already: give another --experiment, or go on with it by --resume {run / LAST}"
+        )
+    if resumed:
         record = record.going_on_from(Record.read(resumed.parent), _epoch_of(resumed))
-    elif run and (run / LAST).exists():
-        if not recipe:
-            raise ValueError(
-                f"{run} has a run already: give another --experiment, or go on with it by --resume {run / LAST}"
-            )
+    elif run:
         record, done = _same_run(run, record), 1 + _epoch_of(run / LAST)
         if done >= (epochs := scheduled_epochs(options)):
             _say(
