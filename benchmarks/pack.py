@@ -9,11 +9,13 @@ looks once, when the training is over.
 
 import argparse
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 from convmixer_timm.convmixer import CIFAR10_LABELS, WEIGHTS_DIR
 from convmixer_timm.hub.cards import Evaluation
-from convmixer_timm.hub.packing import pack_run
+from convmixer_timm.hub.packing import pack
+from convmixer_timm.hub.sources import read_run
 from convmixer_timm.hub.verify import record
 
 if __name__ == "__main__":
@@ -25,23 +27,25 @@ if __name__ == "__main__":
     for option in ("--train-data", "--test-data", "--machine"):
         parser.add_argument(option, required=True)
     parser.add_argument("--hours", type=float, required=True)
+    parser.add_argument("--dataset", help="as the Hub names it, OWNER/NAME")
     parser.add_argument("--again", help="how to repeat a run that was resumed with other settings, as Markdown")
     args = parser.parse_args()
     with args.results.open(encoding="utf-8") as file:
         (result,) = csv.DictReader(file)
-    pack_run(
-        args.run,
-        WEIGHTS_DIR / args.name,
-        labels=list(CIFAR10_LABELS),
-        checkpoint="last.pth.tar",
-        ema=args.ema,
-        evaluation=Evaluation(
-            top1=float(result["top1"]),
-            top5=float(result["top5"]),
-            data=f"{args.test_data}, looked at once, after the training",
-        ),
-        train_data=args.train_data,
+    source = read_run(args.run, labels=list(CIFAR10_LABELS), checkpoint="last.pth.tar", ema=args.ema)
+    assert source.training is not None
+    training = replace(
+        source.training,
+        data=args.train_data,
+        dataset=args.dataset or source.training.dataset,
         cost=f", {args.hours:.1f} hours on {args.machine}",
-        again=args.again,
+        again=args.again or source.training.again,
+        resumed="" if args.again else source.training.resumed,
     )
+    evaluation = Evaluation(
+        top1=float(result["top1"]),
+        top5=float(result["top5"]),
+        data=f"{args.test_data}, looked at once, after the training",
+    )
+    pack(replace(source, training=training, evaluation=evaluation), WEIGHTS_DIR / args.name)
     record([args.name])

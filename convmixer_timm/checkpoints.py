@@ -140,6 +140,8 @@ def to_timm_layout(state_dict: StateDict) -> tuple[StateDict, str]:
     Raises:
         ValueError: If the keys are those of no known ConvMixer.
     """
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"Not a ConvMixer checkpoint: expected tensors by name, found a {type(state_dict).__name__}")
     content: dict[str, Any] = state_dict
     while inner := next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None):
         content = inner

@@ -108,23 +108,16 @@ def _layers(text: str) -> list[int]:
 
 def _run(args: argparse.Namespace) -> int:
     from .training.launch import launch
-    from .training.scripts import find_script
 
-    try:
-        find_script(args.script, args.timm_scripts)
-    except OSError as error:
-        return _fail(error)
-    launch(args.script, args.args, args.timm_scripts, settings=args.settings and args.from_shell)
+    run = launch(args.script, args.args, args.timm_scripts, settings=args.settings and args.from_shell)
+    if run:
+        args.started = True  # from here on errors are the script's own
+        run()
     return 0
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .training.launch import train_arguments
-
-    try:
-        args.script, args.args = "train", train_arguments(args.recipe, args.args)
-    except ValueError as error:
-        return _fail(error)
+    args.script = f"train {args.recipe}"
     return _run(args)
 
 
@@ -212,13 +205,16 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # names that its encoding lacks, or no encoding has, are escaped
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
-    args.from_shell = argv is None
+    args.from_shell, args.started = argv is None, False
     try:
         return args.run(args)
     except KeyboardInterrupt:
         return 130  # what a shell gives for it; Python's own code depends on what runs at exit
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        return _fail(ValueError(f"this needs the package {package}: pip install {package}"))
     except (OSError, ValueError, RuntimeError) as error:
-        if args.run in (_run, _train):  # a script's errors pass through as they are
+        if args.started:  # a script's errors pass through as they are
             raise
         if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -227,6 +223,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(error: Exception) -> int:
+    if os.environ.get("RANK", "0") != "0":  # once, where torchrun started several
+        return 1
     message = str(error)
     if isinstance(error, OSError) and error.errno and isinstance(name := error.filename2 or error.filename, str):
         message = f"{name}: {os_reason(error)}"

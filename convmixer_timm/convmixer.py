@@ -9,12 +9,20 @@ Importing this module registers the variants with timm, three of them in place o
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SelectAdaptivePool2d, drop_path, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    checkpoint,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
 from timm.models._features import feature_take_indices
 
 from .checkpoints import checkpoint_filter_fn
@@ -293,7 +301,8 @@ class ConvMixer(nn.Module):
 def _create_convmixer(variant: str, pretrained: bool, model_args: dict, kwargs: dict) -> ConvMixer:
     kwargs = {**model_args, **kwargs}  # the caller's word wins over the variant's
     out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
+    told = isinstance(kwargs.get("pretrained_cfg"), (dict, PretrainedCfg)) or kwargs.get("pretrained_cfg_overlay")
+    model: Any = build_model_with_cfg(
         ConvMixer,
         variant,
         pretrained,
@@ -301,6 +310,9 @@ def _create_convmixer(variant: str, pretrained: bool, model_args: dict, kwargs: 
         feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
         **kwargs,
     )
+    if not (pretrained or told):  # the classes that it will learn are not those of the registered weights
+        model.pretrained_cfg.pop("label_names", None)
+    return model
 
 
 def _cfg(**kwargs) -> dict:

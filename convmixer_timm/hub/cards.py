@@ -1,5 +1,6 @@
 """Model cards: what a checkpoint's README.md says, and how it keeps what people wrote into it."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +31,10 @@ convmixer-timm run train --config args.yaml --data-dir DATA
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies in percent, and on what they were measured."""
+    """Accuracies in percent, and on what they were measured; no top-5 of a few classes."""
 
     top1: float
-    top5: float
+    top5: float | None
     data: str
 
 
@@ -46,9 +47,11 @@ class Training:
         epochs: Epochs in ``summary.csv``.
         weights: Which weights these are: 'those of the last epoch', …
         data: What it was trained on, in words.
-        dataset: The same as the Hub names a dataset.
+        dataset: The same as the Hub names a dataset; empty for one that isn't there.
         cost: Hours and machine, or nothing.
         start: Name of the weights that it started from, or nothing.
+        base_model: Those as the Hub names a model; empty for ones that aren't there.
+        resumed: What else was trained before, where the arguments don't tell, or nothing.
         again: How to repeat it, where ``args.yaml`` alone doesn't: a run that was resumed with other settings.
     """
 
@@ -56,9 +59,11 @@ class Training:
     epochs: int
     weights: str
     data: str
-    dataset: str
+    dataset: str = ""
     cost: str = ""
     start: str = ""
+    base_model: str = ""
+    resumed: str = ""
     again: str = _AGAIN
 
 
@@ -90,33 +95,23 @@ def make_card(
     parts = [f"# {name}", facts]
     if training:
         start = f", from the weights of `{training.start}`" if training.start else ""
-        parts.append(f"Trained for {training.epochs} epochs on {training.data}{start}.")
+        epochs = f"{training.epochs} epoch{'s' * (training.epochs != 1)}"
+        parts.append(f"Trained for {epochs} on {training.data}{start}.")
     if evaluation:
-        row = f"| {evaluation.top1:.2f} | {evaluation.top5:.2f} | {evaluation.data} |"
-        parts.append(f"| top-1 | top-5 | measured on |\n|---|---|---|\n{row}")
+        figures = {f"top-{k}": f"{value:.2f}" for k, value in _accuracies(evaluation).items()}
+        columns = {**figures, "measured on": evaluation.data}
+        lines = (columns, columns.values())
+        head, row = (f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"{head}\n{'|---' * len(columns)}|\n{row}")
     else:
         parts.append("No accuracy was measured with these weights.")
-    parts.append(
-        f"""## Use
-
-With the Python package `convmixer-timm` installed:
-
-```python
-import convmixer_timm  # registers the architecture
-import timm
-
-model = timm.create_model("{load_name}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```
-
-or `convmixer-timm predict IMAGE --model {load_name}`."""
-    )
+    parts.append(_use(load_name))
     if training:
         parts.append(
             f"""## Training
 
-One run with seed {training.args["seed"]}{training.cost}. The weights are {training.weights}.
-{training.again}"""
+One run with seed {training.args.get("seed")}{training.cost}. The weights are {training.weights}.
+{training.resumed or training.again}"""
         )
     parts += [f"![{shown}]({file})" for file, shown in (pictures or {}).items()]
     parts.append(f"## Citation\n\n{_CITATION}")
@@ -125,26 +120,71 @@ One run with seed {training.args["seed"]}{training.cost}. The weights are {train
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "convmixer"],
-        datasets=[training.dataset] if training else None,
+        datasets=[training.dataset] if training and training.dataset else None,
+        metrics=["accuracy"] if evaluation else None,
+        **_base(training),
         **_model_index(name, training, evaluation),
     )
     return _compose(data, "\n\n".join([BEGIN, *parts, END]))
 
 
+def _base(training: Training | None) -> dict[str, Any]:
+    if not (training and training.base_model):
+        return {}
+    return {"base_model": training.base_model, "base_model_relation": "finetune"}
+
+
+def _use(load_name: str) -> str:
+    """How timm loads it, and from the Hub also transformers."""
+    text = f"""## Use
+
+With the Python package `convmixer-timm` installed:
+
+```python
+import convmixer_timm  # registers the architecture
+import timm
+
+model = timm.create_model("{load_name}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+```
+
+or `convmixer-timm predict IMAGE --model {load_name}`."""
+    scheme, _, location = load_name.partition(":")
+    if scheme != "hf-hub":
+        return text
+    repo_id, _, revision = location.partition("@")
+    at = f', revision="{revision}"' if revision else ""
+    return f"""{text} With transformers:
+
+```python
+import convmixer_timm  # registers the architecture
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="{repo_id}"{at})
+```
+
+Without the first import timm says `Unknown model`, and transformers that the architecture is not supported in your
+version of timm."""
+
+
+def _accuracies(evaluation: Evaluation) -> dict[int, float]:
+    return {k: value for k, value in ((1, evaluation.top1), (5, evaluation.top5)) if value is not None}
+
+
 def _model_index(name: str, training: Training | None, evaluation: Evaluation | None) -> dict[str, Any]:
     if not evaluation:
         return {}
-    metrics = {"Top 1 Accuracy": evaluation.top1, "Top 5 Accuracy": evaluation.top5}
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=training.dataset if training else "images",
+            # What the Hub calls images of one's own.
+            dataset_type=(training.dataset if training else "") or "imagefolder",
             dataset_name=evaluation.data,
             metric_type="accuracy",
-            metric_name=metric,
+            metric_name=f"Top {k} Accuracy",
             metric_value=value,
         )
-        for metric, value in metrics.items()
+        for k, value in _accuracies(evaluation).items()
     ]
     return {"model_name": name, "eval_results": results}
 
@@ -168,7 +208,8 @@ def merge_cards(new: str, old: str) -> str:
         before, after = theirs.text, ""
     text = "\n\n".join(part for part in (before.strip(), generated, after.strip()) if part)
     ours, kept = mine.data.to_dict(), theirs.data.to_dict()
-    kept.pop("model-index", None)
+    for key in ("model-index", *(("base_model", "base_model_relation") if "base_model" in ours else ())):
+        kept.pop(key, None)
     merged = {**ours, **kept, "library_name": ours["library_name"]}
     for key in ("tags", "datasets"):
         both = dict.fromkeys([*ours.get(key, ()), *kept.get(key, ())])  # a set that keeps the order
@@ -186,8 +227,8 @@ def adopt_card(own: str, generated: str) -> str:
     return _compose(ModelCardData(**metadata), f"{BEGIN}\n\n{card.text.strip()}\n\n{END}")
 
 
-def rename_in_card(card: str, name: str, load_name: str) -> str:
-    """A card of `make_card` for the same checkpoint, loaded from elsewhere."""
-    return card.replace(f'create_model("{name}"', f'create_model("{load_name}"').replace(
-        f"--model {name}`", f"--model {load_name}`"
-    )
+def rename_in_card(card: str, load_name: str) -> str:
+    """A card of `make_card` for the same checkpoint, loaded from elsewhere; somebody's own card as it is."""
+    before, begin, rest = card.partition(BEGIN)
+    use = re.compile(r"## Use\n.*?(?=\n\n(?:## |!\[|<!--))", re.DOTALL)
+    return before + begin + use.sub(lambda _: _use(load_name), rest, count=1)

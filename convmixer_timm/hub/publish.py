@@ -21,6 +21,7 @@ from ..files import sha256
 from ..version import version
 from .cards import merge_cards
 from .packing import pack
+from .sources import read_source
 from .waiting import limit_waiting
 
 __all__ = ["Publication", "publish"]
@@ -39,26 +40,29 @@ class Publication:
     Attributes:
         files: Size in bytes by name.
         card: The model card.
-        url: The commit's or the pull request's page; empty for a dry run.
+        sent: Whether the Hub has it now; not after a dry run.
+        url: The commit's or the pull request's page.
         changed: Whether there was anything new to send.
     """
 
     files: dict[str, int]
     card: str
+    sent: bool = False
     url: str = ""
-    changed: bool = True
+    changed: bool = False
 
     def report(self) -> list[str]:
         """What happened, or would, as lines of text."""
-        if self.url:
-            last = f"Published: {self.url}"
-        elif self.changed:
-            last = (
-                f"\n{self.card}\nNothing was sent. This is the card of a new repository: one that is there keeps\n"
-                "what people wrote into its own."
-            )
         sizes = [f"{size:>12,}  {name}" for name, size in self.files.items()]
-        return [*sizes, last if self.changed else "Nothing to publish: the repository has all of it already."]
+        if not self.sent:
+            return [
+                *sizes,
+                f"\n{self.card}\nNothing was sent. This is the card of a new repository: one that is there keeps",
+                "what people wrote into its own.",
+            ]
+        if not self.changed:
+            return [*sizes, "Nothing to publish: the repository has all of it already."]
+        return [*sizes, f"Published: {self.url}"]
 
 
 def publish(
@@ -81,7 +85,7 @@ def publish(
     is tried three times.
 
     Args:
-        source: What `packing.pack` packs: a packed folder, a ``train.py`` output folder, or a checkpoint file.
+        source: What `sources.read_source` reads: a packed folder, a ``train.py`` output folder, or a checkpoint file.
         repo_id: OWNER/NAME; made where it isn't there.
         architecture: Variant, for a checkpoint file.
         labels: Names of the classes, where the source doesn't tell them.
@@ -105,8 +109,9 @@ def publish(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / repo_id.split("/")[1]
         load_name = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
-        model = pack(Path(source), folder, load_name, architecture, labels)
-        _compare(model, folder)
+        found = read_source(Path(source), architecture, labels)
+        pack(found, folder, load_name)
+        _compare(found.model, folder)
         if dry_run:
             return _publication(folder)
         if constants.HF_HUB_OFFLINE:
@@ -188,7 +193,7 @@ def _send(
             api.create_tag(repo_id, tag=tag, revision=info.oid)
         except NETWORK as error:
             raise HubError(_advice(error, repo_id, "The checkpoint is published; only its tag is missing")) from error
-    return _publication(folder, url=info.pr_url or info.commit_url, changed=changed)
+    return _publication(folder, sent=True, url=info.pr_url or info.commit_url, changed=changed)
 
 
 def _holds(api: HfApi, repo_id: str, commit: str, folder: Path) -> bool:

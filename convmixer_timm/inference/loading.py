@@ -135,12 +135,14 @@ def check_preprocessing(model: nn.Module, source: str) -> None:
 
 
 def class_names(model: Any) -> list[str]:
-    """The model's classes: from its pretrained config, else ImageNet's where the number fits, else numbers."""
+    """The model's classes: from its pretrained config, else ImageNet's of weights whose tag says so, else numbers."""
     names = model.pretrained_cfg.get("label_names")
     if isinstance(names, list | tuple) and len(names) == model.num_classes:
         return list(map(str, names))
     subset = timm.data.infer_imagenet_subset(model)
-    if subset:
+    # A thousand classes alone may be anybody's.
+    trained_on = str(model.pretrained_cfg.get("tag") or "").rpartition("_")[2]
+    if subset and trained_on in ("in1k", "in12k", "in21k", "in22k"):
         info = timm.data.ImageNetInfo(subset)
         return [info.index_to_description(i) for i in range(model.num_classes)]
     return [str(i) for i in range(model.num_classes)]

@@ -11,7 +11,9 @@ from typing import Any
 
 from timm.data import auto_augment
 
-__all__ = ["mend_cpu_ddp", "mend_mixup_off", "mend_posterize", "mend_resumed_summary"]
+from ..files import atomic_path
+
+__all__ = ["mend_cpu_ddp", "mend_mixup_off", "mend_posterize", "mend_summary"]
 
 _posterize = auto_augment.posterize
 
@@ -73,10 +75,12 @@ def mend_mixup_off() -> None:
     loader.mixup_enabled = original.setter(mixup_enabled)
 
 
-def mend_resumed_summary() -> None:
-    """Keep ``summary.csv`` one table, a row an epoch, when a run is resumed.
+def mend_summary() -> None:
+    """Keep ``summary.csv`` one table, a row an epoch, and write it whole or not at all.
 
-    Older ``train.py`` writes the header once more then, and repeats an epoch that had its row but no checkpoint yet.
+    Of a resumed run, older ``train.py`` writes the header once more and repeats an epoch that had its row but no
+    checkpoint yet. A file that a full disk left empty is begun anew: it would end every later epoch before its
+    checkpoint is saved.
     """
     from timm import utils
 
@@ -87,14 +91,16 @@ def mend_resumed_summary() -> None:
     @functools.wraps(original)
     def update_summary(epoch, train_metrics, eval_metrics, filename, *args, **kwargs):
         path = Path(filename)
+        rows: list[list[str]] = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
-                header, *rows = csv.reader(file)
-            before = [row for row in rows if row[0].isdigit() and int(row[0]) < epoch]
-            if before != rows:
-                with path.open("w", newline="", encoding="utf-8") as file:
-                    csv.writer(file).writerows([header, *before])
-        kwargs["write_header"] = not path.exists()
-        original(epoch, train_metrics, eval_metrics, filename, *args, **kwargs)
+                rows = list(csv.reader(file))
+        before = [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) < epoch]
+        with atomic_path(path) as temporary:
+            if before:
+                with temporary.open("w", newline="", encoding="utf-8") as file:
+                    csv.writer(file).writerows([rows[0], *before])
+            kwargs["write_header"] = not before
+            original(epoch, train_metrics, eval_metrics, str(temporary), *args, **kwargs)
 
     utils.update_summary = update_summary

@@ -3,13 +3,34 @@
 import os
 import platform
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from .scripts import find_script, run_script
+import torch
+import yaml
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-__all__ = ["allocator_settings", "launch", "recipes", "restart_with_allocator_settings", "train_arguments"]
+from ..checkpoints import read_checkpoint
+from .data_check import check_evaluation_data, check_training_data
+from .record import FILE, Record, write_when_it_starts
+from .scripts import find_script, run_script, script_flags, script_options
+
+__all__ = [
+    "allocator_settings",
+    "launch",
+    "prepare_evaluation",
+    "prepare_training",
+    "recipes",
+    "restart_with_allocator_settings",
+    "scheduled_epochs",
+    "told_by_record",
+    "train_arguments",
+]
 
 RECIPES = Path(__file__).with_name("recipes")
+LAST = "last.pth.tar"
 
 # glibc gives every large tensor back to the system and pays for its page faults again at the next step. Kept instead, a
 # step of batch 512 takes half the time; tcmalloc is as good, and jemalloc as it comes is not (benchmarks/README.md).
@@ -33,21 +54,22 @@ def allocator_settings(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _given(args: list[str], name: str) -> str | None:
-    """The value of option `name` among a script's arguments."""
+    """The value of option `name` among a script's arguments, which argparse lets users shorten; the last one counts."""
+    found = None
     for i, arg in enumerate(args):
-        if arg == name and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith(f"{name}="):
-            return arg.partition("=")[2]
-    return None
+        option, equals, value = arg.partition("=")
+        if len(option) > 4 and name.startswith(option):
+            if equals:
+                found = value
+            elif i + 1 < len(args):
+                found = args[i + 1]
+    return found
 
 
 def _on_cpu(args: list[str]) -> bool:
     device = _given(args, "--device")
     if device:
         return device == "cpu"
-    import torch
-
     return not torch.cuda.is_available()
 
 
@@ -71,46 +93,207 @@ def recipes() -> dict[str, str]:
 def train_arguments(recipe: str, args: list[str]) -> list[str]:
     """Arguments of ``train.py`` for a recipe: its file, then the user's own, which win.
 
-    Added where the user doesn't give them: the device, if it is a CPU; a folder ``output/train/RECIPE``, so that the
-    same command finds an interrupted run; and what resumes it from the last epoch that it finished.
+    Added where neither the user nor a recipe of the user's own gives them: the device, if it is a CPU, and a folder
+    ``output/train/RECIPE``, so that the same command finds an interrupted run.
 
     Raises:
-        ValueError: If there is no such recipe.
+        ValueError: If there is no such recipe, or it is no YAML mapping.
     """
     path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         path = Path(recipe)
         if not path.is_file():
             raise ValueError(f"No recipe {recipe!r}; there are {', '.join(recipes())}, or give a YAML file.")
-    out = ["--config", str(path), *args]
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(told, dict):
+        raise ValueError(f"{path} is no recipe: it has to hold lines of NAME: VALUE")
+    told = {str(name).replace("-", "_"): value for name, value in told.items()}
 
-    if _given(args, "--device") is None and _on_cpu(args):
+    def given(name: str) -> Any:
+        value = _given(args, f"--{name}")
+        return told.get(name) if value is None else value
+
+    out = ["--config", str(path), *args]
+    if given("device") is None and _on_cpu(args):
         out += ["--device", "cpu"]
-    output, experiment = _given(args, "--output") or "output/train", _given(args, "--experiment")
-    if experiment is None:
-        seed = _given(args, "--seed")
-        experiment = path.stem + (f"-seed{seed}" if seed else "")
-        out += ["--output", output, "--experiment", experiment]
-    last = Path(output) / experiment / "last.pth.tar"
-    if _given(args, "--resume") is None and last.exists():
-        print(f"Resuming from {last}", file=sys.stderr)
-        out += ["--resume", str(last)]
+    if not given("output"):
+        out += ["--output", "output/train"]
+    if not given("experiment"):
+        seed = given("seed")
+        out += ["--experiment", path.stem + (f"-seed{seed}" if seed is not None else "")]
     return out
 
 
-def launch(script: str, args: list[str], folder: str | None = None, settings: bool = True) -> None:
-    """Runs one of timm's scripts in this process; on a CPU the process starts anew with `allocator_settings` before.
+def launch(script: str, args: list[str], folder: str | None = None, settings: bool = True) -> Callable[[], None] | None:
+    """Makes ready to run one of timm's scripts in this process.
+
+    On a CPU the process starts anew with `allocator_settings` before. What would train or measure on other data than
+    the user thinks is refused; see `prepare_training` and `prepare_evaluation`.
 
     Args:
-        script: Its name.
+        script: Its name, or 'train RECIPE'.
         args: Its arguments.
         folder: A clone of timm's repository, as for `scripts.find_script`.
         settings: Whether the allocator may be set.
 
+    Returns:
+        What runs the script; what that raises is the script's own. None where there is nothing left to do.
+
     Raises:
-        OSError: If there is no such script; what the script itself raises passes through.
+        OSError: If there is no such script.
+        ValueError: If its data or arguments can't be right; the message is one line.
     """
-    path = find_script(script, folder)
+    name, _, recipe = script.partition(" ")
+    if recipe:
+        args = train_arguments(recipe, args)
+    path = find_script(name, folder)
     if settings:
         restart_with_allocator_settings(args)
-    run_script(path, args)
+    prepared = prepare_training(path, args, recipe) if path.stem == "train" else prepare_evaluation(path, args)
+    return None if prepared is None else lambda: run_script(path, prepared)
+
+
+def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str] | None:
+    """Checks a training's data, finds the run that it goes on with, and has its record written when it starts.
+
+    Args:
+        path: ``train.py``; of one without the usual parser nothing is checked.
+        args: Its arguments.
+        recipe: The recipe that they are from.
+
+    Returns:
+        The arguments with what the data told, and with what resumes an interrupted run; None for a run that is done.
+
+    Raises:
+        ValueError: If the data can't be trained on, or the output folder holds another run.
+    """
+    options = script_options(path, args)
+    if options is None:
+        return args
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    data = check_training_data(options, processes)
+    if data.val_split != options.val_split:
+        _say(f"{data.name} has no {options.val_split}: validating on {data.val_split}")
+        args = [*args, "--val-split", data.val_split]
+    if options.num_classes is None and data.num_classes is not None:
+        args = [*args, "--num-classes", str(data.num_classes)]
+    options = script_options(path, args)
+    assert options is not None
+    record = Record.of(options, data, recipe, processes)
+    run = Path(options.output or "output/train") / options.experiment if options.experiment else None
+    if run and not (run / LAST).exists():
+        run = None  # there is none yet
+    resumed = Path(options.resume) if options.resume else None
+    if run and not (resumed.parent.resolve() == run.resolve() if resumed else recipe):
+        raise ValueError(
+            f"{run} has a run already: give another --experiment, or go on with it by --resume {run / LAST}"
+        )
+    if resumed:
+        record = record.going_on_from(Record.read(resumed.parent), _epoch_of(resumed))
+    elif run:
+        record, done = _same_run(run, record), 1 + _epoch_of(run / LAST)
+        if done >= (epochs := scheduled_epochs(options)):
+            _say(
+                f"{run} is finished, {done} of {epochs} epochs. To start anew give --experiment NAME; to train longer "
+                f"give --epochs N --resume {run / LAST}"
+            )
+            return None
+        _say(f"Resuming from {run / LAST}")
+        args = [*args, "--resume", str(run / LAST)]
+    _say(f"Data: {data}")
+    write_when_it_starts(record)
+    return args
+
+
+def _same_run(run: Path, record: Record) -> Record:
+    """The record in a run's folder, which has to be that of the run about to start."""
+    before = Record.read(run)
+    what_then = f"To start anew give --experiment NAME; to go on with it nevertheless give --resume {run / LAST}"
+    if before is None:
+        raise ValueError(f"{run} holds a run that nothing is known of, as it has no {FILE}. {what_then}")
+    if differences := record.differences(before):
+        raise ValueError(f"{run} holds another run: {'; '.join(differences)}. {what_then}")
+    return before
+
+
+def _epoch_of(checkpoint: Path) -> int:
+    """The epoch, counted from 0, that a checkpoint of ``train.py`` is of."""
+    epoch = read_checkpoint(checkpoint).get("epoch")
+    if not isinstance(epoch, int):
+        raise ValueError(f"{checkpoint} is no checkpoint to resume from: it tells no epoch")
+    return epoch
+
+
+def scheduled_epochs(options: Namespace) -> int:
+    """How many epochs ``train.py`` makes of its arguments, cycles, warmup and cooldown included."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr or options.lr_base)
+    return create_scheduler_v2(optimizer, **scheduler_kwargs(options), updates_per_epoch=1)[1]
+
+
+def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
+    """Arguments of a script that reads a run's checkpoint, with what the run's record tells of its model.
+
+    Args:
+        path: ``validate.py``, ``inference.py``, ``onnx_export.py``, …
+        args: Its arguments; they win.
+
+    Raises:
+        ValueError: If ``validate.py``'s data can't be read or has other classes than the run.
+    """
+    if "--checkpoint" not in path.read_text(encoding="utf-8"):
+        return args
+    options = script_options(path, args)
+    if options is None:
+        return args
+    checkpoint = Path(options.checkpoint or "")
+    record = Record.read(checkpoint.parent) if options.checkpoint else None
+    if record:
+        added = told_by_record(record, script_flags(path))
+        _say(f"From {checkpoint.parent / FILE}: {' '.join(added)}")
+        args = [*added, *args]
+        options = script_options(path, args) or options
+    if path.stem == "validate":
+        check_evaluation_data(options, record.data.classes if record else None)
+    return args
+
+
+def told_by_record(record: Record, flags: set[str]) -> list[str]:
+    """A run's model and its preprocessing as arguments of one of timm's scripts, as far as it has such.
+
+    Args:
+        record: The run's.
+        flags: The script's.
+    """
+    told, kwargs = record.model.preprocessing, dict(record.model.args)
+    channels, height, width = told["input_size"]
+    if "--label-type" in flags and record.data.classes:
+        kwargs["pretrained_cfg_overlay"] = {"label_names": record.data.classes}
+    args: dict[str, Any] = {
+        "--model": record.model.architecture,
+        # timm splits each at its '='.
+        "--model-kwargs": [f"{name}={value!r}" for name, value in kwargs.items() if "=" not in repr(value)],
+        "--mean": told["mean"],
+        "--std": told["std"],
+        "--crop-pct": told["crop_pct"],
+        "--interpolation": told["interpolation"],
+        "--in-chans": channels,
+        # Another size of the user's own, given by either option, counts more than one by --img-size.
+        **({"--img-size": height} if height == width else {"--input-size": told["input_size"]}),
+        # The last one takes one value, so that a script's own first argument stays that.
+        "--num-classes": record.model.num_classes,
+    }
+    out = []
+    for flag, value in args.items():
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        if flag in flags and values:
+            out += [flag, *map(str, values)]
+    return out
+
+
+def _say(text: str) -> None:
+    """On stderr, once where several processes train."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)

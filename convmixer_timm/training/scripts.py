@@ -8,14 +8,16 @@ import runpy
 import sys
 import urllib.error
 import urllib.request
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from ..errors import local_cause, local_reason
 from ..files import atomic_path, cache_dir
-from .compat import mend_cpu_ddp, mend_mixup_off, mend_resumed_summary
+from .compat import mend_cpu_ddp, mend_mixup_off, mend_summary
 from .decoding import use_one_reader
 
-__all__ = ["find_script", "run_script"]
+__all__ = ["find_script", "run_script", "script_flags", "script_options"]
 
 REPOSITORY = "huggingface/pytorch-image-models"
 BASE_URL = f"https://raw.githubusercontent.com/{REPOSITORY}"
@@ -64,6 +66,33 @@ def find_script(name: str, folder: str | Path | None = None) -> Path:
     return path
 
 
+def _module(path: Path) -> dict[str, Any]:
+    """What a script defines, without running it."""
+    return runpy.run_path(str(path), run_name=path.stem)
+
+
+def script_options(path: Path, args: list[str]) -> Namespace | None:
+    """A script's arguments as it will understand them itself, by its own parser.
+
+    None where it has none of timm's form. What it can't understand ends the process with argparse's message.
+    """
+    if "argparse" not in path.read_text(encoding="utf-8"):
+        return None
+    module = _module(path)
+    argv, sys.argv = sys.argv, [str(path), *args]
+    try:
+        if "_parse_args" in module:
+            return module["_parse_args"]()[0]
+        return module["parser"].parse_args() if "parser" in module else None
+    finally:
+        sys.argv = argv
+
+
+def script_flags(path: Path) -> set[str]:
+    """The options that a script's parser knows, '--model' for one."""
+    return set(_module(path)["parser"]._option_string_actions)
+
+
 def run_script(path: Path, args: list[str]) -> None:
     """Runs a script in this process as ``python path args…`` would, but without its folder on ``sys.path``.
 
@@ -72,7 +101,7 @@ def run_script(path: Path, args: list[str]) -> None:
     """
     mend_cpu_ddp()
     mend_mixup_off()
-    mend_resumed_summary()
+    mend_summary()
     use_one_reader()
     sys.argv = [str(path), *args]
     runpy.run_path(str(path), run_name="__main__")

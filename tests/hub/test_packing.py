@@ -3,6 +3,7 @@
 import json
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import timm
@@ -14,24 +15,37 @@ from safetensors.torch import load_file
 
 from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.hub.cards import Evaluation, adopt_card, make_card, merge_cards
-from convmixer_timm.hub.packing import pack_run
+from convmixer_timm.hub.packing import pack
+from convmixer_timm.hub.sources import read_run
+from convmixer_timm.training.data_check import Data, Split
+from convmixer_timm.training.record import Record
 
 SOURCE = WEIGHTS_DIR / "convmixer_128_4.e10_cifar10"
 EVALUATION = Evaluation(top1=81.25, top5=98.5, data="those")
 
 
-def make_run(folder, **changes):
-    """An output folder as timm's train.py leaves it, with its machine's paths in the arguments."""
+def pack_run(run, target, **kwargs):
+    pack(read_run(run, **kwargs), target)
+
+
+def make_run(folder, classes=None, name="insects", **changes):
+    """An output folder as timm's train.py leaves it, with its machine's paths in the arguments.
+
+    With `classes` as the launcher's, which adds the record of what was trained on.
+    """
     folder.mkdir(parents=True)
     args = yaml.safe_load((SOURCE / "args.yaml").read_text())
     args |= {"data_dir": str(folder / "images"), "output": str(folder.parent), "resume": str(folder / "last.pth.tar")}
     args |= changes
     (folder / "args.yaml").write_text(yaml.safe_dump(args))
     shutil.copy(SOURCE / "summary.csv", folder)
+    if classes:
+        splits = {split: Split(f"/data/{name}/{split}", 40, split) for split in ("train", "validation")}
+        data = Data(name, classes, splits, "validation", len(classes))
+        Record.of(Namespace(**args), data).write(folder)
     torch.manual_seed(0)
-    model = timm.create_model(
-        "convmixer_128_4", num_classes=args["num_classes"], in_chans=args["in_chans"], **args["model_kwargs"]
-    )
+    kwargs = args["model_kwargs"] if args["model"].startswith("convmixer_128_4") else {}
+    model = timm.create_model("convmixer_128_4", num_classes=args["num_classes"], in_chans=args["in_chans"], **kwargs)
     torch.save({"state_dict": model.state_dict(), "epoch": 9, "args": Namespace(**args)}, folder / "last.pth.tar")
     return folder
 
@@ -44,7 +58,9 @@ def run(tmp_path):
 def test_packed_run_loads_and_has_its_card(run, tmp_path):
     target = tmp_path / "convmixer_128_4.mine"
     for _ in range(2):  # the second replaces the first
-        pack_run(run, target, evaluation=EVALUATION, labels=[*"abcdefghij"], cost=", 2.0 hours on one core")
+        source = read_run(run, labels=[*"abcdefghij"])
+        training = replace(source.training, cost=", 2.0 hours on one core")
+        pack(replace(source, training=training, evaluation=EVALUATION), target)
     files = sorted(p.name for p in target.iterdir())
     assert [f for f in files if not f.endswith(".png")] == [
         "README.md",
@@ -78,7 +94,8 @@ def test_packed_run_loads_and_has_its_card(run, tmp_path):
 
 def test_a_card_says_how_to_repeat_a_run_that_was_resumed_with_other_settings(run, tmp_path):
     target = tmp_path / "convmixer_128_4.mine"
-    pack_run(run, target, labels=[*"abcdefghij"], again="Twice, the second time in full size.")
+    source = read_run(run, labels=[*"abcdefghij"])
+    pack(replace(source, training=replace(source.training, again="Twice, the second time in full size.")), target)
     card = (target / "README.md").read_text()
     assert "Twice, the second time in full size." in card
     assert "--config args.yaml" not in card
@@ -121,7 +138,7 @@ def test_preprocessing_and_channels_travel(tmp_path):
     assert tuple(config["input_size"]) == (1, 48, 48)
     assert (config["mean"], config["std"], config["crop_pct"]) == ([0.5], [0.25], 0.9)
     assert model(torch.zeros(1, 1, 48, 48)).shape == (1, 3)
-    assert "label_names" not in model.pretrained_cfg  # CIFAR-10's would be wrong
+    assert model.pretrained_cfg["label_names"] == ["0", "1", "2"]  # CIFAR-10's would be wrong
 
 
 def test_cards_merge():

@@ -92,13 +92,10 @@ def mended(server):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of train.py on two classes."""
+    """A finished run of train.py on two classes, whose data are not on this machine."""
     folder = tmp_path_factory.mktemp("data")
-    for split in ("train", "validation"):
-        for name in ("bee", "ant"):
-            (folder / "insects" / split / name).mkdir(parents=True)
-            shutil.copy(IMAGES / "bird/0000.jpg", folder / "insects" / split / name)
-    return make_run(folder / "run", data_dir=str(folder / "insects"), num_classes=2, img_size=64, model_kwargs={})
+    changes = {"data_dir": str(folder / "insects"), "num_classes": 2, "img_size": 64, "model_kwargs": {}}
+    return make_run(folder / "run", ["ant", "bee"], **changes)
 
 
 def changed(run, target):
@@ -134,14 +131,14 @@ def test_published_run_is_whole_and_described(server, client, run):
     assert card.data.license == "mit"
     assert card.data.library_name == "timm"
     assert {"timm", "image-classification"} <= set(card.data.tags)
-    assert card.data.datasets == ["insects"]
-    assert {r.metric_name: r.metric_value for r in card.data.eval_results} == {
-        "Top 1 Accuracy": 82.52,
-        "Top 5 Accuracy": 99.0,
-    }
+    assert card.data.datasets is None  # nothing of that name is on the Hub
+    (result,) = card.data.eval_results  # of two classes a top-5 is always right
+    assert (result.metric_name, result.metric_value, result.dataset_type) == ("Top 1 Accuracy", 82.52, "imagefolder")
+    assert card.data.metrics == ["accuracy"]
     assert 'timm.create_model("hf-hub:ann/insects", pretrained=True)' in card.text
     assert "import convmixer_timm" in card.text
-    assert "measured on" in card.text and "| insects, validation |" in card.text
+    assert 'pipeline("image-classification", model="ann/insects")' in card.text
+    assert "| top-1 | measured on |\n|---|---|\n| 82.52 | insects, validation, 40 images |" in card.text
     assert "trockman2023patches" in card.text
     assert "curve.png" in card.text
 
@@ -252,9 +249,12 @@ def test_bundled_folder_and_checkpoint_file(server, client, run, tmp_path):
     file = tmp_path / "weights.safetensors"
     shutil.copy(SOURCE / "model.safetensors", file)
     assert "--model" in client.fails("publish", file, "--repo-id", "ann/file")
-    assert client("publish", file, "--repo-id", "ann/file", "--model", "convmixer_128_4")[0] == 0
+    code, _, err = client("publish", file, "--repo-id", "ann/file", "--model", "convmixer_128_4")
+    assert code == 0
+    assert "--labels" in err
     files = server.files("ann/file")
-    assert json.loads(files["config.json"])["label_names"][0] == "airplane"
+    # Ten classes of one's own are not CIFAR-10's.
+    assert json.loads(files["config.json"])["label_names"] == [str(i) for i in range(10)]
     assert b"No accuracy was measured" in files["README.md"]
 
 
@@ -280,6 +280,20 @@ def test_bad_arguments_are_named(client, args, message):
 def test_other_architectures_are_refused(client, tmp_path):
     timm.models.save_for_hf(timm.create_model("test_resnet"), str(tmp_path / "resnet"), safe_serialization=True)
     assert "no ConvMixer" in client.fails("publish", tmp_path / "resnet", "--repo-id", "ann/x")
+
+
+def test_run_that_began_with_a_checkpoint_of_the_hub(server, client, tmp_path):
+    """Whose name has a dot in it, and which is not its architecture's."""
+    assert client("publish", SOURCE, "--repo-id", "ann/mixer_v1.2")[0] == 0
+    run = make_run(tmp_path / "run", model="hf-hub:ann/mixer_v1.2", pretrained=True, num_classes=10)
+    code, _, err = client("publish", run, "--repo-id", "ann/tuned")
+    assert code == 0, err
+    files = server.files("ann/tuned")
+    assert json.loads(files["config.json"])["architecture"] == "convmixer_128_4"
+    metadata = ModelCard(files["README.md"].decode()).data.to_dict()
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("ann/mixer_v1.2", "finetune")
+    run = make_run(tmp_path / "gone", model="hf-hub:ann/gone", num_classes=10)
+    assert "hf-hub:ann/gone" in client.fails("publish", run, "--repo-id", "ann/tuned")
 
 
 def test_labels_must_fit(client, run, tmp_path):

@@ -39,13 +39,17 @@ def test_every_recipe_trains(name, timm_scripts, data, tmp_path):  # noqa: F811
 
 
 def test_an_interrupted_run_goes_on_by_the_same_command(timm_scripts, data, tmp_path):  # noqa: F811
-    args = ["cifar10_e25", "--data-dir", data, *SMALL, "--epochs", "4", "--model-ema", "--output", tmp_path]
+    args = ["cifar10_e25", "--data-dir", data, *SMALL, "--epochs", "12", "--model-ema", "--output", tmp_path]
     folder = tmp_path / "cifar10_e25"
     env = {**os.environ, "TIMM_SCRIPTS": str(timm_scripts), "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(train(*args), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (folder / "checkpoint-1.pth.tar").exists() and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+
+    def rows_so_far():  # the third comes after the second epoch's checkpoint
+        return len(summary(folder)) if (folder / "summary.csv").exists() else 0
+
+    while rows_so_far() < 3 and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     first.kill()
     first.wait()
     done = [row["epoch"] for row in summary(folder)]
@@ -55,7 +59,7 @@ def test_an_interrupted_run_goes_on_by_the_same_command(timm_scripts, data, tmp_
     assert "Train: 0 [" not in second.stderr
     assert "Train: 1 [" not in second.stderr
     rows = summary(folder)
-    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
+    assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(12)]
     assert float(rows[-1]["lr"]) < float(rows[1]["lr"])  # the schedule went on, too
 
 
@@ -71,15 +75,27 @@ def test_arguments(tmp_path, monkeypatch):
     assert args[0] == "--config"
     assert args[-4:] == ["--output", "output/train", "--experiment", "cifar10_e25-seed3"]
     assert args.count("--device") == 1
-    assert "--resume" not in args
-    last = Path("output/train/mine/last.pth.tar")
-    last.parent.mkdir(parents=True)
-    last.touch()
-    assert train_arguments("cifar10_e25", ["--experiment=mine"])[-2:] == ["--resume", str(last)]
-    assert "--resume" not in train_arguments("cifar10_e25", ["--experiment=mine", "--resume="])[-2:-1]
+    assert "--experiment" not in train_arguments("cifar10_e25", ["--exper", "mine"])  # as argparse takes it
+    assert "--output" not in train_arguments("cifar10_e25", ["--output=elsewhere"])
+
+
+def test_a_recipe_of_ones_own_may_tell_where_it_goes(tmp_path, monkeypatch):
     own = tmp_path / "own.yaml"
-    own.write_text("epochs: 1\n")
-    assert str(own) in train_arguments(str(own), [])
+    own.write_text("epochs: 1\nseed: 7\ndevice: cuda\n")
+    args = train_arguments(str(own), [])
+    assert args == ["--config", str(own), "--output", "output/train", "--experiment", "own-seed7"]
+    own.write_text("output: there\nexperiment: mine\nseed: 7\ndevice: cpu\n")
+    assert train_arguments(str(own), []) == ["--config", str(own)]
+    assert train_arguments(str(own), ["--experiment", "other"])[2:] == ["--experiment", "other"]
+
+
+@pytest.mark.parametrize("text", ["- epochs", "epochs: [1", "", "\x00"])
+def test_a_recipe_that_is_none_is_named(text, tmp_path, capsys):
+    own = tmp_path / "own.yaml"
+    own.write_text(text)
+    assert main(["train", str(own)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(own) in line
 
 
 def test_unknown_recipe_is_named(capsys):
@@ -124,12 +140,38 @@ def test_settings_are_printed_and_can_be_refused(tmp_path):
 def test_a_resumed_summary_stays_one_table(tmp_path):
     from timm import utils
 
-    from convmixer_timm.training.compat import mend_resumed_summary
+    from convmixer_timm.training.compat import mend_summary
 
-    mend_resumed_summary()
+    mend_summary()
     path = tmp_path / "summary.csv"
     for epoch in (0, 1, 1, 2):  # older train.py asks for a header whenever it starts
         utils.update_summary(epoch, {"loss": epoch}, {"top1": 50.0}, filename=str(path), lr=0.1, write_header=True)
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+
+
+def test_a_summary_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    from timm import utils
+
+    from convmixer_timm.training.compat import mend_summary
+
+    def full(epoch, train_metrics, eval_metrics, filename, **kwargs):
+        Path(filename).write_text("epo")
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "summary.csv"
+    for before in ("", "epoch,train_loss\n0,1.0\n"):
+        path.write_text(before)
+        monkeypatch.setattr(utils, "update_summary", full)
+        mend_summary()
+        with pytest.raises(OSError):
+            utils.update_summary(1, {"loss": 0.5}, None, filename=str(path))
+        assert path.read_text() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["summary.csv"]
+    monkeypatch.undo()
+    mend_summary()
+    path.write_text("")  # as an earlier version left it on a full disk
+    for epoch in (0, 1):
+        utils.update_summary(epoch, {"loss": 0.5}, None, filename=str(path))
+    assert [row["epoch"] for row in summary(tmp_path)] == ["0", "1"]

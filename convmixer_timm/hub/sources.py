@@ -1,0 +1,327 @@
+"""What holds a trained model, read: a packed folder, the output folder of a run of ``train.py``, a checkpoint file."""
+
+import csv
+import functools
+import re
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import timm
+import yaml
+
+from ..checkpoints import Shape, StateDict, check_sizes, checkpoint_filter_fn, read_checkpoint, to_timm_layout
+from ..convmixer import CIFAR10_LABELS, ConvMixer
+from ..files import as_text
+from ..inference.loading import check_labels, load_folder
+from ..training.record import FILE, Model, Record, describe_model
+from .cards import Evaluation, Training
+
+__all__ = ["Source", "read_checkpoint_file", "read_run", "read_source"]
+
+# What a packed folder may hold. Nothing else of a source is taken along, pickles least of all.
+FILES = ("README.md", "args.yaml", "config.json", "model.safetensors", "summary.csv")
+PICTURES = ".png"
+
+_PATHS = ("data", "data_dir", "output", "config", "initial_checkpoint", "pretrained_path", "class_map")
+_READERS = ("hfds", "hfids", "tfds", "torch", "wds")
+# Where the Hub keeps torchvision's data sets.
+_ON_HUB = {
+    "torch/cifar10": "uoft-cs/cifar10",
+    "torch/cifar100": "uoft-cs/cifar100",
+    "torch/fashion_mnist": "zalando-datasets/fashion_mnist",
+    "torch/imagenet": "ILSVRC/imagenet-1k",
+    "torch/mnist": "ylecun/mnist",
+}
+
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model and what is known of it.
+
+    Attributes:
+        model: With its weights.
+        labels: Names of its classes; None where nobody tells.
+        model_args: What it differs in from its variant.
+        training: The run that it is from, if any.
+        evaluation: Its accuracy, if it was measured.
+        files: Files to take along, by name.
+        card: Its own card, if it has one.
+        left_out: Files of its folder that are not taken along.
+    """
+
+    model: Any
+    labels: list[str] | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    training: Training | None = None
+    evaluation: Evaluation | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    card: str = ""
+    left_out: tuple[str, ...] = ()
+
+
+def _saying_damage(read: Callable[P, Source]) -> Callable[P, Source]:
+    """Lets what a damaged source breaks in reading it be the source's error: a ValueError."""
+
+    @functools.wraps(read)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Source:
+        try:
+            return read(*args, **kwargs)
+        except (OSError, ValueError, RuntimeError):
+            raise
+        except Exception as error:  # of YAML and CSV, of values that are missing or of another type
+            raise ValueError(f"{args[0]} is damaged: {type(error).__name__}: {error}") from error
+
+    return checked
+
+
+@_saying_damage
+def read_source(path: Path, architecture: str | None = None, labels: list[str] | None = None) -> Source:
+    """Reads whatever holds a trained model.
+
+    Args:
+        path: A packed folder, the output folder of a run of ``train.py``, or a checkpoint file.
+        architecture: Registered name, for a checkpoint file that has no run around it.
+        labels: Names of the classes; without them those that the source has.
+
+    Raises:
+        FileNotFoundError: If there is no such source, or something is missing in it.
+        ValueError: If it is none of the three, or doesn't fit `architecture` or `labels`.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no such folder or file: {path}")
+    if (path / "config.json").is_file():
+        return _read_folder(path, labels)
+    if _is_run(path):
+        return read_run(path, labels=labels)
+    if path.is_dir():
+        raise ValueError(f"{path} has neither config.json, as a packed model, nor args.yaml, as a train.py run")
+    if architecture is None and _is_run(path.parent):
+        return read_run(path.parent, checkpoint=path.name, labels=labels)
+    if architecture is None:
+        raise ValueError(f"{path} doesn't tell its architecture: name it with --model")
+    return read_checkpoint_file(path, architecture, labels)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (FILE, "args.yaml"))
+
+
+def _read_folder(folder: Path, labels: list[str] | None) -> Source:
+    if labels:
+        raise ValueError(f"{folder} is packed already: its class names are in its config.json")
+    model = load_folder(folder)
+    if not isinstance(model, ConvMixer):
+        raise ValueError(f"{folder} holds a {type(model).__name__}, which is no ConvMixer")
+    files = {path.name: path for path in sorted(folder.iterdir())}
+    taken = {name: path for name, path in files.items() if name in FILES or path.suffix == PICTURES}
+    card = taken.pop("README.md", None)
+    return Source(
+        model,
+        files={name: path.read_bytes() for name, path in taken.items()},
+        card=card.read_text(encoding="utf-8") if card else "",
+        left_out=tuple(sorted(files.keys() - taken.keys() - {"README.md"})),
+    )
+
+
+def read_checkpoint_file(file: Path, architecture: str, labels: list[str] | None = None) -> Source:
+    """Reads a checkpoint file of any layout that `convmixer_timm.checkpoints` reads. See `read_source`."""
+    if not timm.is_model(architecture.split(".")[0]) or not architecture.startswith("convmixer"):
+        known = ", ".join(timm.list_models("convmixer*"))
+        raise ValueError(f"no ConvMixer variant {architecture!r}; there are {known}")
+    state_dict, _ = to_timm_layout(read_checkpoint(file))
+    model = _model(file, architecture, {}, state_dict)
+    return Source(model, _fitting(labels, model))
+
+
+@_saying_damage
+def read_run(
+    run: Path,
+    *,
+    labels: list[str] | None = None,
+    checkpoint: str | None = None,
+    ema: bool | None = None,
+) -> Source:
+    """Reads a run of timm's ``train.py``: its record where the launcher wrote one, else its arguments.
+
+    Args:
+        run: The run's output folder.
+        labels: Names of the classes; by default those of the record.
+        checkpoint: Which of the run's files; by default ``model_best.pth.tar``, else ``last.pth.tar``.
+        ema: Take the averaged weights; by default where there are any, which are those that ``train.py`` measured.
+
+    Raises:
+        FileNotFoundError: If the run has no such checkpoint, no ``args.yaml`` or no ``summary.csv``.
+        ValueError: If one of them can't be understood, the labels don't fit, or there are no averaged weights to take.
+    """
+    if checkpoint is None:
+        checkpoint = "model_best.pth.tar" if (run / "model_best.pth.tar").is_file() else "last.pth.tar"
+    record = Record.read(run)
+    for name in (checkpoint, "summary.csv", *([] if record else ["args.yaml"])):
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"{run} is no train.py run that finished an epoch: it has no {name}")
+    stored: dict[str, Any] = read_checkpoint(run / checkpoint)
+    state_dict, averaged = _weights(run / checkpoint, stored, ema)
+    epoch = stored["epoch"] if isinstance(stored.get("epoch"), int) else None
+    if record:
+        record = record.at(record.first_epoch if epoch is None else epoch)
+    args = record.args if record else _arguments(run / "args.yaml")
+    told = record.model if record else _described(run / "args.yaml", args)
+    model = _model(run / checkpoint, told.architecture, told.args, state_dict)
+    model.pretrained_cfg.update(told.preprocessing)
+    if labels is None:
+        labels = record.data.classes if record else _classes_of_data_set(args["dataset"])
+    rows = _summary(run / "summary.csv")
+    row = next((row for row in rows if int(row["epoch"]) == epoch), {})
+    epochs = 1 + int(rows[-1]["epoch"])
+    if epoch is None:
+        weights = f"those of {checkpoint}, which tells no epoch"
+    else:
+        weights = f"those of epoch {epoch + 1} of {epochs}" + ", averaged (EMA)" * averaged
+    chosen = checkpoint.startswith("model_best")
+    training = Training(
+        args=args,
+        epochs=epochs,
+        weights=weights + ", the best on the validation images" * chosen,
+        data=_data(record, args, "train"),
+        dataset=_hub_data_set(record.data.name if record else args["dataset"]),
+        start=args["model"] if args["pretrained"] else Path(args["initial_checkpoint"] or "").name,
+        base_model=_hub_model(args),
+        resumed=_resumed(record),
+    )
+    evaluation = None
+    if row.get("eval_top1"):
+        evaluation = Evaluation(
+            top1=float(row["eval_top1"]),
+            top5=float(row["eval_top5"]) if model.num_classes > 5 and row.get("eval_top5") else None,
+            data=_data(record, args, "validation") + " (which chose the epoch)" * chosen,
+        )
+    return Source(
+        model,
+        _fitting(labels, model),
+        told.args,
+        training,
+        evaluation,
+        files={
+            "args.yaml": yaml.safe_dump(_portable(args), allow_unicode=True).encode(),
+            "summary.csv": (run / "summary.csv").read_bytes(),
+        },
+    )
+
+
+def _weights(file: Path, stored: dict[str, Any], ema: bool | None) -> tuple[StateDict, bool]:
+    """A checkpoint's weights by timm's names, and whether they are averaged."""
+    averaged = isinstance(stored.get("state_dict_ema"), dict) and ema is not False
+    if ema and not averaged:
+        raise ValueError(f"{file.parent} has no averaged weights")
+    # Other scripts' output, avg_checkpoints' say, is the weights alone.
+    wanted: Any = stored["state_dict_ema"] if averaged else stored.get("state_dict", stored)
+    return to_timm_layout(wanted)[0], averaged
+
+
+def _model(file: Path, name: str, args: dict[str, Any], state_dict: StateDict) -> Any:
+    """A model of that name with these weights: its classes and channels are theirs."""
+    shape = Shape.of(state_dict)
+    if "head.weight" not in state_dict or "head.bias" not in state_dict:
+        raise ValueError(
+            f"{file} has no classifier (head.weight and head.bias): it is a backbone, and classifies nothing"
+        )
+    check_sizes(args, state_dict, name)
+    try:
+        model = timm.create_model(name.split(".")[0], num_classes=shape.num_classes, in_chans=shape.in_chans, **args)
+        model.load_state_dict(checkpoint_filter_fn(state_dict, model))
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} doesn't fit {name}: {' '.join(str(error).split())}") from error
+    return model
+
+
+def _fitting(labels: list[str] | None, model: Any) -> list[str] | None:
+    if labels is not None:
+        check_labels(labels, model.num_classes)
+    return None if labels is None else [as_text(name) for name in labels]
+
+
+def _arguments(file: Path) -> dict[str, Any]:
+    """Arguments of a run without a record."""
+    try:
+        args = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    if not isinstance(args, dict) or not isinstance(args.get("model"), str):
+        raise ValueError(f"{file} has no arguments of train.py: it names no model")
+    defaults: dict[str, Any] = dict.fromkeys(
+        ("data", "data_dir", "num_classes", "in_chans", "gp", "pretrained", "seed")
+    )
+    defaults |= {"dataset": "", "initial_checkpoint": "", "val_split": "validation", "train_split": "train"}
+    return defaults | args | {"dataset": args.get("dataset") or "", "model_kwargs": args.get("model_kwargs") or {}}
+
+
+def _described(file: Path, args: dict[str, Any]) -> Model:
+    try:
+        return describe_model(Namespace(**args))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _summary(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if (row.get("epoch") or "").isdigit()]
+    if not rows:
+        raise ValueError(f"{file} has no finished epoch")
+    return rows
+
+
+def _portable(args: dict[str, Any]) -> dict[str, Any]:
+    """A run's arguments without the folders of the machine that it ran on, and as for a run from the start."""
+    return {k: as_text(Path(v).name) if k in _PATHS and v else v for k, v in args.items()} | {"resume": ""}
+
+
+def _data(record: Record | None, args: dict[str, Any], split: str) -> str:
+    """What was trained or measured on, in words."""
+    name = record.data.name if record else args["dataset"]
+    reader, _, rest = name.partition("/")
+    name = (rest if reader in _READERS else name) or Path(args["data_dir"] or args["data"] or "images").name
+    # Of these torchvision gives the test images for whatever is not called training.
+    part = (
+        "test" if reader == "torch" and name.lower().endswith(("cifar10", "cifar100", "mnist")) else args["val_split"]
+    )
+    told = f"{name}, {part}" if split == "validation" else name
+    images = record.data.splits[split].images if record and split in record.data.splits else None
+    return told if images is None else f"{told}, {images:,} images"
+
+
+def _classes_of_data_set(name: str) -> list[str] | None:
+    """The classes of a data set whose very name tells them."""
+    return list(CIFAR10_LABELS) if name in ("torch/cifar10", "hfds/cifar10", "hfds/uoft-cs/cifar10") else None
+
+
+def _hub_data_set(name: str) -> str:
+    """A data set as the Hub names it; empty for one that isn't there."""
+    reader, _, rest = name.partition("/")
+    if reader in ("hfds", "hfids"):
+        return rest if re.fullmatch(r"\w[\w.-]*/[\w.-]+", rest) else ""
+    return _ON_HUB.get(name.lower(), "")
+
+
+def _hub_model(args: dict[str, Any]) -> str:
+    """The model that a run began with as the Hub names it; empty for one that isn't there."""
+    if not args["pretrained"]:
+        return ""
+    scheme, _, location = args["model"].rpartition(":")
+    if scheme:
+        return location.removeprefix("//").partition("@")[0] if scheme in ("hf-hub", "hf_hub") else ""
+    cfg = timm.get_pretrained_cfg(args["model"])
+    return str(cfg.hf_hub_id) if cfg and cfg.hf_hub_id and not cfg.file else ""
+
+
+def _resumed(record: Record | None) -> str:
+    """What a run did in its first epochs, where its arguments don't tell."""
+    if record is None or not record.first_epoch:
+        return ""
+    told = "; ".join(record.differences(record.before)) if record.before else "of which nothing is known"
+    return f"Up to epoch {record.first_epoch} it was another run ({told}), so that `args.yaml` doesn't repeat it."

@@ -1,0 +1,330 @@
+"""A data set looked at before the first step, by the very readers of timm that will feed the training."""
+
+import hashlib
+import io
+import itertools
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timm.data import create_dataset
+from torch.utils.data import IterableDataset
+
+from ..images import load_image
+
+__all__ = ["Data", "Split", "check_evaluation_data", "check_training_data"]
+
+_SAMPLE = 100  # images a split that are read
+_STATS = 100_000  # files a split whose sizes are asked for: on a network's disk each costs a round trip
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split as it was found.
+
+    Attributes:
+        where: The folder, or the reader's name with the split.
+        images: None where the reader doesn't tell.
+        digest: Of the images' names and sizes and of a sample's contents; empty where the reader doesn't tell.
+    """
+
+    where: str
+    images: int | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set as it was found.
+
+    Attributes:
+        name: The data set's as timm takes it, or the folder's of one of the user's own.
+        classes: Their names in the order of their indices; None where the reader doesn't tell.
+        splits: 'train', and 'validation' unless there is none.
+        val_split: What ``train.py`` calls the split to validate on.
+        num_classes: None where the reader doesn't tell.
+    """
+
+    name: str
+    classes: list[str] | None
+    splits: dict[str, Split]
+    val_split: str
+    num_classes: int | None
+
+    def __str__(self) -> str:
+        where = ", ".join(
+            f"{'?' if split.images is None else f'{split.images:,}'} images in {split.where}"
+            for split in self.splits.values()
+        )
+        if self.classes is None:
+            return f"{where}; class names not checked, as its reader doesn't tell them"
+        return f"{where}; {len(self.classes)} classes: {_listed(self.classes)}"
+
+
+def check_training_data(args: Namespace, processes: int = 1) -> Data:
+    """Looks at what a training would read.
+
+    The splits have to be there (validation may be called ``val`` or ``test``) and to have the same classes, the images
+    to be in ``SPLIT/CLASS/IMAGE`` with nothing hidden among them, readable as far as a sample tells, and at least one
+    batch. How much of that is checked depends on what the reader tells.
+
+    Args:
+        args: Arguments of ``train.py``.
+        processes: How many train together.
+
+    Raises:
+        ValueError: With one line that names what is wrong.
+    """
+    _check_root(args)
+    train = _Reading(args, args.train_split)
+    if train.in_root:
+        raise ValueError(
+            f"{args.data_dir} has no folder {args.train_split}: images are looked for in "
+            f"{args.data_dir}/{args.train_split}/CLASS and {args.data_dir}/{args.val_split or 'validation'}/CLASS"
+        )
+    readings, val_split = {"train": train}, args.val_split
+    if val_split:
+        readings["validation"], val_split = _validation(args)
+    for reading in readings.values():
+        reading.check_layout()
+    if val_split:
+        _compare_classes(train, readings["validation"])
+    if train.count == 1 and not train.mapped:
+        raise ValueError(f"{train.where} has one class only: {_listed(train.classes or ['0'])}")
+    _check_count(args, train)
+    batch = args.batch_size * processes
+    if train.images is not None and not train.iterable and train.images < batch:
+        raise ValueError(
+            f"{train.where} has {train.images} images, fewer than one batch of {batch}: give -b a number up to "
+            f"{max(1, train.images // processes)}"
+        )
+    return Data(
+        name=_name(args),
+        classes=train.classes,
+        splits={name: Split(r.place, r.images, r.digest()) for name, r in readings.items()},
+        val_split=val_split,
+        num_classes=train.count,
+    )
+
+
+def check_evaluation_data(args: Namespace, classes: list[str] | None) -> None:
+    """Looks at what ``validate.py`` would measure on: layout, and the classes by name where the model's are known.
+
+    Raises:
+        ValueError: With one line that names what is wrong.
+    """
+    _check_root(args)
+    reading = _Reading(args, args.split)
+    try:
+        reading.check_layout()
+    except ValueError as error:
+        if not reading.in_root:
+            raise
+        raise ValueError(f"{args.data_dir} has no folder {args.split}: give --split NAME ({error})") from error
+    if classes and reading.classes and not args.class_map and reading.classes != classes:
+        raise ValueError(
+            f"{_difference(reading.where, reading.classes, 'the model', classes)}: its accuracy would be that of "
+            "wrong names; --class-map FILE, a line a class, gives the model's order"
+        )
+
+
+class _Reading:
+    """A split opened by timm's reader, or torchvision's data set, with what it tells of itself."""
+
+    def __init__(self, args: Namespace, split: str):
+        kind, _, _ = args.dataset.partition("/") if "/" in args.dataset else ("", "", "")
+        self.kind = kind.lower()
+        self.where = f"{args.dataset} ({split})" if args.dataset else str(args.data_dir)
+        self.place = self.where
+        self.mapped = bool(args.class_map)
+        self.dataset: Any = _open(args, split, self.where)
+        self.reader: Any = getattr(self.dataset, "reader", self.dataset)
+        self.iterable = isinstance(self.dataset, IterableDataset)
+        self.in_root = False
+        self.samples: list[tuple[str, int]] = []
+        if self.kind == "" or args.dataset.lower() in ("torch/image_folder", "torch/folder"):
+            root = str(getattr(self.reader, "root", None) or args.data_dir)
+            self.in_root = os.path.realpath(root) == os.path.realpath(args.data_dir)
+            self.where, self.place = root, os.path.abspath(root)
+            if os.path.isdir(root):
+                self.samples = self.reader.samples
+        try:
+            self.images: int | None = len(self.reader)
+        except TypeError:
+            self.images = None
+        self.classes, self.count = _class_names(self.reader)
+
+    def _parts(self, path: str) -> list[str]:
+        return path[len(self.where) :].strip(os.sep).split(os.sep)
+
+    def check_layout(self) -> None:
+        for path, _ in self.samples:
+            parts = self._parts(path)
+            hidden = next((i for i, part in enumerate(parts) if part.startswith(".")), None)
+            if hidden is not None:
+                raise ValueError(
+                    f"{Path(self.where, *parts[: hidden + 1])} is hidden, and would be read as images: remove it"
+                )
+            if len(parts) != 2 and self.kind == "" and not self.mapped:
+                told = "in no class's folder" if len(parts) == 1 else "deeper than its class's folder"
+                raise ValueError(f"{path} is {told}: images are looked for in {self.where}/CLASS/IMAGE")
+
+    def digest(self) -> str:
+        """Reads a sample of the images, and tells this data from other data."""
+        digest = hashlib.sha256(repr((self.images, self.classes)).encode())
+        for i, (path, target) in enumerate(self.samples):
+            size = os.path.getsize(path) if i < _STATS else 0
+            digest.update(repr((self._parts(path), target, size)).encode())
+        if self.iterable:
+            samples = self._read("", lambda: list(itertools.islice(self.dataset, 8)))
+            if not samples:
+                raise ValueError(f"{self.where} has no image that can be read")
+            targets = [target for _, target, *_ in samples]
+            digest.update(b"".join(image.tobytes() for image, *_ in samples))
+        else:
+            targets = []
+            for i in _spread(len(self.reader)):
+                name = self.samples[i][0] if self.samples else f"image {i} of {self.where}"
+                content, target = self._read(name, lambda i=i: self._item(i))
+                digest.update(content)
+                targets.append(target)
+        beyond = [t for t in targets if self.count and isinstance(t, int) and not 0 <= t < self.count]
+        if beyond:
+            raise ValueError(f"{self.where} has an image of class {beyond[0]}, where it has {self.count} classes")
+        return digest.hexdigest()
+
+    def _item(self, i: int) -> tuple[bytes, Any]:
+        if self.reader is self.dataset and not self.samples:  # torchvision's, which decodes by itself
+            image, target = self.dataset[i][:2]
+            return image.tobytes(), target
+        if self.samples:
+            content, target = Path(self.samples[i][0]).read_bytes(), self.samples[i][1]
+        else:
+            file, target = self.reader[i][:2]
+            with file:
+                content = file.read()
+        load_image(io.BytesIO(content))  # type: ignore[arg-type]
+        return content, target
+
+    def _read(self, name: str, read) -> Any:
+        try:
+            return read()
+        except Exception as error:  # every reader has its own
+            raise ValueError(f"{name or self.where} can't be read: {_reason(error)}") from error
+
+
+def _check_root(args: Namespace) -> None:
+    args.data_dir = args.data_dir or args.data
+    if args.data_dir is None and args.dataset.partition("/")[0].lower() not in ("hfds", "hfids", "tfds"):
+        raise ValueError("no data: give --data-dir DIR")
+    if not args.dataset and not os.path.exists(args.data_dir):
+        raise ValueError(f"no such folder: {args.data_dir}")
+
+
+def _name(args: Namespace) -> str:
+    """The data set's name, or its folder's where it is one of the user's own."""
+    _, _, rest = args.dataset.partition("/")
+    if rest and os.path.exists(rest):
+        return Path(rest).resolve().name
+    own = args.dataset.lower() in ("", "torch/image_folder", "torch/folder")
+    return Path(args.data_dir).resolve().name if own else args.dataset
+
+
+def _open(args: Namespace, split: str, where: str) -> Any:
+    told = ("class_map", "input_key", "target_key", "seed")
+    training = split == getattr(args, "train_split", None)
+    numbers = "num_samples", "train_num_samples" if training else "val_num_samples"
+    try:
+        return create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            download=args.dataset_download,
+            trust_remote_code=getattr(args, "dataset_trust_remote_code", False),
+            num_samples=next((value for name in numbers if (value := getattr(args, name, None))), None),
+            **{name: value for name in told if (value := getattr(args, name, None)) is not None},
+        )
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        raise ValueError(f"{where} needs the package {package}: pip install {package}") from error
+    except Exception as error:  # every reader has its own
+        raise ValueError(f"{where} can't be read: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _validation(args: Namespace) -> tuple[_Reading, str]:
+    """The split to validate on, with its name: ``val`` or ``test`` where there is no ``validation``."""
+    names = ["validation", "val", "test"] if args.val_split == "validation" else [args.val_split]
+    problem: ValueError | None = None
+    for name in names:
+        try:
+            reading = _Reading(args, name)
+        except ValueError as error:
+            if not args.dataset:
+                raise
+            problem = problem or error  # of other readers the one way to say that there is no such split
+            continue
+        if not reading.in_root:
+            return reading, name
+    raise problem or ValueError(
+        f"{args.data_dir} has no folder {', '.join(names)} to validate on: put images that are not trained on there, "
+        "or name another folder by --val-split"
+    )
+
+
+def _class_names(reader: Any) -> tuple[list[str] | None, int | None]:
+    """Names in the order of their indices, and how many there are; None for what the reader doesn't tell."""
+    index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    if index:
+        count = 1 + max(index.values())
+        names = sorted(index, key=index.__getitem__)
+        if len(names) != count:  # ImageNet's classes have several names each
+            names = getattr(reader, "classes", [])
+        told = [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+        return (told, count) if len(told) == count else (None, count)
+    if hasattr(reader, "iter_targets"):
+        targets = [target for target in reader.iter_targets() if isinstance(target, int)]
+        return None, 1 + max(targets) if targets else None
+    return None, None
+
+
+def _compare_classes(train: _Reading, validation: _Reading) -> None:
+    if train.classes and validation.classes and train.classes != validation.classes:
+        raise ValueError(
+            f"{_difference(validation.where, validation.classes, train.where, train.classes)}: both need the same "
+            "classes, each with an image"
+        )
+
+
+def _difference(where: str, names: list[str], other: str, others: list[str]) -> str:
+    """What one list of classes lacks of another, and has beyond it."""
+    lacking = [name for name in others if name not in names]
+    beyond = [name for name in names if name not in others]
+    told = []
+    if lacking:
+        told.append(f"{where} lacks {_listed(lacking)} of {other}'s classes")
+    if beyond:
+        told.append(f"{where} has {_listed(beyond)}, which {other} lacks")
+    return " and ".join(told) or f"{where} has the classes of {other} in another order"
+
+
+def _check_count(args: Namespace, train: _Reading) -> None:
+    if None not in (train.count, args.num_classes) and train.count != args.num_classes:
+        raise ValueError(
+            f"{train.where} has {train.count} classes ({_listed(train.classes or [])}), and the number given is "
+            f"{args.num_classes}: give --num-classes {train.count}"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", … ({len(names)})" if len(names) > 8 else "")
+
+
+def _spread(n: int) -> list[int]:
+    """Indices below `n`, at most a sample's, from the first to the last."""
+    return list(range(n)) if n <= _SAMPLE else [i * (n - 1) // (_SAMPLE - 1) for i in range(_SAMPLE)]

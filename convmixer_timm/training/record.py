@@ -1,0 +1,208 @@
+"""What a run is: written down beside timm's ``args.yaml`` when it starts.
+
+Everything later (going on, validating, publishing) takes names, sizes and settings from here, never from what lies on
+the disk by then.
+"""
+
+import functools
+import json
+from argparse import Namespace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import load_model_config_from_hf
+
+from ..errors import NETWORK, HubError, hub_reason
+from ..files import atomic_path
+from .data_check import Data, Split
+
+__all__ = ["Model", "Record", "describe_model", "write_when_it_starts"]
+
+FILE = "run.json"
+
+# What changes where, how fast or how loudly a run goes, and not what it learns. Where its data lie is told by `Data`.
+_INCIDENTAL = set(
+    """checkpoint_hist data data_dir dataset_download device device_modules experiment fuser grad_checkpointing
+    local_rank log_interval log_wandb no_prefetcher no_resume_opt output pin_mem recovery_interval resume save_images
+    start_epoch synchronize_step torchcompile torchcompile_mode use_multi_epochs_loader validation_batch_size
+    wandb_project wandb_resume_id wandb_tags workers""".split()
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What rebuilds a run's model, and how it sees images.
+
+    Attributes:
+        architecture: Registered name, without a tag.
+        args: What it differs in from its variant.
+        preprocessing: ``input_size``, ``mean``, ``std``, ``crop_pct``, …, as the validation used them.
+        num_classes: Classes of its classifier.
+    """
+
+    architecture: str
+    args: dict[str, Any]
+    preprocessing: dict[str, Any]
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run, from its first epoch under these settings on.
+
+    Attributes:
+        recipe: The recipe's name or file; empty where ``train.py`` was called without.
+        args: All arguments of ``train.py``.
+        model: The model.
+        data: The data.
+        processes: How many train together.
+        first_epoch: Counted from 0; more where a run was gone on with, on purpose, with other settings.
+        before: Those other settings.
+    """
+
+    recipe: str
+    args: dict[str, Any]
+    model: Model
+    data: Data
+    processes: int = 1
+    first_epoch: int = 0
+    before: "Record | None" = field(default=None)
+
+    @classmethod
+    def of(cls, args: Namespace, data: Data, recipe: str = "", processes: int = 1) -> "Record":
+        """The record of a run that is about to start.
+
+        Raises:
+            ValueError: If its model can't be made.
+        """
+        return cls(recipe, dict(vars(args)), describe_model(args), data, processes)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record | None":
+        """The record of a run's output folder; None where it has none.
+
+        Raises:
+            ValueError: If it can't be understood.
+        """
+        file = folder / FILE
+        if not file.is_file():
+            return None
+        try:
+            return cls._from(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} is no record of a run: {' '.join(str(error).split())}") from error
+
+    @classmethod
+    def _from(cls, told: dict[str, Any]) -> "Record":
+        data = told["data"]
+        splits = {name: Split(**split) for name, split in data["splits"].items()}
+        return cls(
+            **{
+                **told,
+                "model": Model(**told["model"]),
+                "data": Data(**{**data, "splits": splits}),
+                "before": cls._from(told["before"]) if told["before"] else None,
+            }
+        )
+
+    def write(self, folder: Path) -> None:
+        """Writes it into a run's output folder, whole or not at all."""
+        with atomic_path(folder / FILE) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
+
+    def at(self, epoch: int) -> "Record":
+        """The record that held when an epoch, counted from 0, was trained."""
+        record = self
+        while epoch < record.first_epoch and record.before:
+            record = record.before
+        return record
+
+    def going_on_from(self, before: "Record | None", epoch: int) -> "Record":
+        """The same, gone on with on purpose after `epoch`, from a run of other settings or of unknown ones."""
+        if before and not self.differences(before):
+            return before
+        return replace(self, first_epoch=epoch + 1, before=before)
+
+    def differences(self, other: "Record") -> list[str]:
+        """What another run did otherwise, each as 'NAME is OTHER'S there and OWN here'."""
+        # JSON knows neither tuples nor the types that YAML makes.
+        mine, theirs = (json.loads(json.dumps(asdict(record), default=str)) for record in (self, other))
+        out = []
+        digests = [{name: s["digest"] for name, s in told["data"]["splits"].items()} for told in (mine, theirs)]
+        if digests[0] != digests[1] or self.data.classes != other.data.classes:
+            out.append(f"its data is ({other.data}) there and ({self.data}) here")
+        for name in sorted(mine["args"].keys() | theirs["args"].keys()):
+            there, here = theirs["args"].get(name), mine["args"].get(name)
+            if name not in _INCIDENTAL and there != here:
+                out.append(f"{name} is {there!r} there and {here!r} here")
+        if self.processes != other.processes:
+            out.append(f"it has {other.processes} processes there and {self.processes} here")
+        if out and self.recipe != other.recipe:
+            out.append(f"its recipe is {other.recipe or 'none'} there and {self.recipe or 'none'} here")
+        return out
+
+
+def describe_model(args: Namespace) -> Model:
+    """The model that ``train.py`` makes of its arguments, without its weights.
+
+    Raises:
+        ValueError: If there is no such model or it doesn't take the arguments.
+        HubError: If its description is on the Hub and can't be had.
+    """
+    given = vars(args)
+    input_size = given.get("input_size")
+    kwargs = given.get("model_kwargs") or {}
+    try:
+        stored = _stored_args(args.model)
+        with torch.device("meta"):
+            model: Any = timm.create_model(
+                args.model,
+                num_classes=given.get("num_classes"),
+                in_chans=given.get("in_chans") or (input_size[0] if input_size else None),
+                global_pool=given.get("gp"),
+                **kwargs,
+            )
+    except NETWORK as error:
+        if args.model.startswith("local-dir:"):
+            raise ValueError(f"--model {args.model} can't be read: {' '.join(str(error).split())}") from error
+        raise HubError(f"{args.model}: {hub_reason(error)}: try again later, or check the name") from error
+    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
+        raise ValueError(f"--model {args.model} can't be made: {' '.join(str(error).split())}") from error
+    pooling = {"global_pool": given["gp"]} if given.get("gp") else {}
+    return Model(
+        architecture=model.pretrained_cfg["architecture"],
+        args={**stored, **pooling, **kwargs},
+        preprocessing=resolve_data_config(given, model=model),
+        num_classes=model.num_classes,
+    )
+
+
+def _stored_args(name: str) -> dict[str, Any]:
+    """What a model of the Hub or of a packed folder differs in from its variant."""
+    scheme, _, location = name.partition(":")
+    if not location:
+        return {}
+    if scheme == "local-dir":
+        args = json.loads((Path(location) / "config.json").read_text(encoding="utf-8")).get("model_args") or {}
+    else:
+        args = load_model_config_from_hf(location.removeprefix("//"))[2]
+    return {key: value for key, value in args.items() if key not in ("num_classes", "in_chans")}
+
+
+def write_when_it_starts(record: Record) -> None:
+    """Lets ``train.py`` write the record into its output folder in the moment in which it makes that."""
+    from timm import utils
+
+    original: Any = utils.get_outdir
+
+    @functools.wraps(original)
+    def get_outdir(*args, **kwargs):
+        folder = original(*args, **kwargs)
+        record.write(Path(folder))
+        return folder
+
+    utils.get_outdir = get_outdir

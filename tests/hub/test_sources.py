@@ -1,0 +1,217 @@
+"""Sources of a publish that are not quite what they should be, and what their cards may say."""
+
+import csv
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+import convmixer_timm
+from convmixer_timm.cli import main
+from convmixer_timm.hub.cards import merge_cards
+from convmixer_timm.hub.packing import pack
+from convmixer_timm.hub.sources import read_run, read_source
+from convmixer_timm.training.record import Record
+
+from .test_packing import make_run
+
+NAMES = [*"abcdefghij"]
+
+
+def card_of(run, tmp_path, **kwargs):
+    pack(read_run(run, **kwargs), tmp_path / "packed")
+    return ModelCard.load(tmp_path / "packed" / "README.md")
+
+
+def fails(*args, capsys):
+    """The one line of a publish that has to fail."""
+    assert main(["publish", *map(str, args), "--repo-id", "ann/x", "--dry-run"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_names_are_those_of_the_record(tmp_path):
+    """And never those that a folder has by now."""
+    for name in ("wasp", "fly"):
+        (tmp_path / "insects/train" / name).mkdir(parents=True)
+    run = make_run(tmp_path / "run", ["ant", "bee"], data_dir=str(tmp_path / "insects"), num_classes=2)
+    assert read_run(run).labels == ["ant", "bee"]
+    (run / "args.yaml").write_text("")  # the record has the arguments, too
+    assert read_run(run).labels == ["ant", "bee"]
+    (run / "run.json").unlink()
+    with pytest.raises(ValueError, match="names no model"):
+        read_run(run)
+
+
+def test_a_run_without_a_record_has_no_names(tmp_path, capsys):
+    (tmp_path / "insects/train/ant").mkdir(parents=True)
+    run = make_run(tmp_path / "run", data_dir=str(tmp_path / "insects"), num_classes=2)
+    assert read_run(run).labels is None
+    pack(read_run(run), tmp_path / "packed")
+    assert "--labels" in capsys.readouterr().err
+    model = convmixer_timm.load_model(f"local-dir:{tmp_path / 'packed'}")
+    assert convmixer_timm.class_names(model) == ["0", "1"]
+    cifar = make_run(tmp_path / "cifar", dataset="torch/cifar10", num_classes=10)
+    assert read_run(cifar).labels[0] == "airplane"  # that data set's classes are known
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_equal_counts_are_not_equal_classes(classes, tmp_path):
+    """Ten are not CIFAR-10's, a thousand not ImageNet's."""
+    model = timm.create_model("convmixer_128_4", num_classes=classes)
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    pack(read_source(tmp_path / "own.pth", "convmixer_128_4"), tmp_path / "convmixer_128_4.in1k")
+    loaded = convmixer_timm.load_model(f"local-dir:{tmp_path / 'convmixer_128_4.in1k'}")
+    assert convmixer_timm.class_names(loaded) == [str(i) for i in range(classes)]
+
+
+def test_imagenets_names_are_its_weights(tmp_path):
+    model = timm.create_model("convmixer_768_32", num_classes=1000, depth=1, dim=8)
+    model.pretrained_cfg["tag"] = "in1k"
+    assert convmixer_timm.class_names(model)[0].startswith("tench")
+    model.pretrained_cfg["tag"] = "mine"
+    assert convmixer_timm.class_names(model)[0] == "0"
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_averaged_checkpoints(inside, tmp_path):
+    """avg_checkpoints writes the weights alone."""
+    run = make_run(tmp_path / "run", NAMES, num_classes=10)
+    weights = torch.load(run / "last.pth.tar", weights_only=False)["state_dict"]
+    file = (run if inside else tmp_path) / "averaged.pth"
+    torch.save(weights, file)
+    source = read_source(file, None if inside else "convmixer_128_4", NAMES)
+    assert torch.equal(source.model.head.weight, weights["head.weight"])
+    assert source.evaluation is None  # of these weights nothing was measured
+    if inside:
+        assert "averaged.pth" in source.training.weights
+
+
+def test_a_checkpoint_without_a_classifier(tmp_path, capsys):
+    run = make_run(tmp_path / "run", NAMES, num_classes=10)
+    stored = torch.load(run / "last.pth.tar", weights_only=False)
+    stored["state_dict"] = {k: v for k, v in stored["state_dict"].items() if not k.startswith("head")}
+    torch.save(stored, run / "last.pth.tar")
+    torch.save(stored["state_dict"], tmp_path / "own.pth")
+    assert "no classifier" in fails(run, capsys=capsys)
+    assert "no classifier" in fails(tmp_path / "own.pth", "--model", "convmixer_128_4", capsys=capsys)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "epochs: 3\n", "model: 3\n", "model: [1\n", "model: convmixer_1_1\n"])
+def test_arguments_that_are_none(text, tmp_path, capsys):
+    run = make_run(tmp_path / "run", num_classes=10)
+    (run / "args.yaml").write_text(text)
+    assert "args.yaml" in fails(run, capsys=capsys)
+
+
+def test_few_arguments_are_enough(tmp_path):
+    run = make_run(tmp_path / "run", num_classes=10)
+    (run / "args.yaml").write_text("model: convmixer_128_4\n")
+    assert read_run(run).model.num_classes == 10
+
+
+@pytest.mark.parametrize("text", ["", "epoch,train_loss\n", "nonsense", "\n\n"])
+def test_a_history_that_is_none(text, tmp_path, capsys):
+    run = make_run(tmp_path / "run", NAMES, num_classes=10)
+    (run / "summary.csv").write_text(text)
+    assert "summary.csv" in fails(run, capsys=capsys)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": 3}, {"epoch": 1}, torch.zeros(2), {}])
+def test_a_checkpoint_that_is_none(content, tmp_path, capsys):
+    run = make_run(tmp_path / "run", NAMES, num_classes=10)
+    torch.save(content, run / "last.pth.tar")
+    fails(run, capsys=capsys)
+
+
+@pytest.mark.parametrize("config", ["", "[]", "{}", '{"architecture": "convmixer_1_1", "pretrained_cfg": {}}'])
+def test_a_packed_folder_that_is_none(config, tmp_path, capsys):
+    pack(read_run(make_run(tmp_path / "run", NAMES, num_classes=10)), tmp_path / "packed")
+    (tmp_path / "packed/config.json").write_text(config)
+    fails(tmp_path / "packed", capsys=capsys)
+
+
+def test_figures_of_few_classes(tmp_path):
+    for classes, shown in ((["ant", "bee"], False), ([*"abcde"], False), ([*"abcdef"], True)):
+        run = make_run(tmp_path / f"run{len(classes)}", classes, num_classes=len(classes))
+        card = card_of(run, tmp_path)
+        assert ("Top 5 Accuracy" in {r.metric_name for r in card.data.eval_results}) == shown
+        assert ("top-5" in card.text) == shown
+
+
+@pytest.mark.parametrize(
+    "dataset, hub, shown",
+    [
+        ("", None, "insects"),
+        ("torch/image_folder", None, "insects"),
+        ("torch/cifar10", ["uoft-cs/cifar10"], "cifar10"),
+        ("hfds/ann/insects", ["ann/insects"], "ann/insects"),
+        ("hfds/insects", None, "insects"),
+        ("wds/insects", None, "insects"),
+    ],
+)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_data_sets_as_the_hub_names_them(dataset, hub, shown, recorded, tmp_path):
+    name = "insects" if dataset == "torch/image_folder" else dataset or "insects"
+    if not recorded and dataset == "torch/image_folder":
+        shown = "image_folder"
+    run = make_run(tmp_path / "run", NAMES if recorded else None, name, dataset=dataset, data_dir="/d/insects")
+    if recorded:
+        assert Record.read(run).data.name == name
+    card = card_of(run, tmp_path, labels=NAMES)
+    assert card.data.datasets == hub
+    assert {r.dataset_type for r in card.data.eval_results} == set(hub or ["imagefolder"])
+    assert f"epochs on {shown}" in card.text
+    assert f"| {shown}, {'test' if shown == 'cifar10' else 'validation'}" in card.text
+
+
+@pytest.mark.parametrize(
+    "model, pretrained, base",
+    [
+        ("convmixer_128_4.e10_cifar10", True, None),  # comes with this package, and is on no Hub
+        ("convmixer_768_32.in1k", True, "timm/convmixer_768_32.in1k"),
+        ("convmixer_768_32.in1k", False, None),
+    ],
+)
+def test_the_model_that_it_began_with(model, pretrained, base, tmp_path):
+    kwargs = {"depth": 4, "dim": 128, "kernel_size": 5, "patch_size": 2}
+    changes = {"model": model, "pretrained": pretrained, "num_classes": 10, "model_kwargs": kwargs}
+    metadata = card_of(make_run(tmp_path / "run", NAMES, **changes), tmp_path).data.to_dict()
+    assert metadata.get("base_model") == base
+    assert metadata.get("base_model_relation") == ("finetune" if base else None)
+
+
+def test_a_new_base_takes_the_old_ones_place():
+    old, new = (f"---\nbase_model: ann/{name}\nlibrary_name: timm\nlicense: mit\n---\n{name}\n" for name in "ab")
+    assert "base_model: ann/b" in merge_cards(new, old)
+
+
+def test_a_run_that_went_on_with_other_settings(tmp_path):
+    """Each epoch is published as what it was trained on."""
+    run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2)
+    first = Record.read(run)
+    second = make_run(tmp_path / "second", ["fly", "wasp"], "wings", num_classes=2, lr=0.5)
+    Record.read(second).going_on_from(first, 6).write(run)
+    source = read_run(run)  # of epoch 9
+    assert source.labels == ["fly", "wasp"]
+    assert "Up to epoch 7 it was another run" in source.training.resumed and "ant, bee" in source.training.resumed
+    stored = torch.load(run / "last.pth.tar", weights_only=False)
+    torch.save({**stored, "epoch": 6}, run / "model_best.pth.tar")
+    source = read_run(run)
+    assert (source.labels, source.training.resumed) == (["ant", "bee"], "")
+    with (run / "summary.csv").open() as file:
+        assert source.evaluation.top1 == float(list(csv.DictReader(file))[6]["eval_top1"])
+
+
+def test_packed_arguments_train_it_again(tmp_path):
+    run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2, data_dir=str(tmp_path / "insects"))
+    pack(read_run(run), tmp_path / "packed")
+    args = yaml.safe_load((tmp_path / "packed/args.yaml").read_text())
+    assert (args["model"], args["num_classes"], args["data_dir"], args["resume"]) == (
+        "convmixer_128_4",
+        2,
+        "insects",
+        "",
+    )

@@ -1,0 +1,252 @@
+"""What a run is, written down when it starts; and trainings that go on, or don't, by it."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm import utils
+
+from convmixer_timm.cli import main
+from convmixer_timm.convmixer import WEIGHTS_DIR
+from convmixer_timm.training.data_check import Data, Split
+from convmixer_timm.training.launch import told_by_record
+from convmixer_timm.training.record import Record, describe_model, write_when_it_starts
+
+from .test_data_check import make_data
+from .test_scripts import summary
+
+PACKED = WEIGHTS_DIR / "convmixer_128_4.e10_cifar10"
+
+
+def make_record(root="/data/insects", classes=("ant", "bee"), digest="1", recipe="finetune", processes=1, **args):
+    splits = {split: Split(f"{root}/{split}", 40, digest) for split in ("train", "validation")}
+    data = Data(root.rpartition("/")[2], list(classes), splits, "validation", len(classes))
+    args = {"model": "convmixer_128_4", "epochs": 3, "seed": 42, "data_dir": root, "num_classes": 2, **args}
+    return Record.of(Namespace(**args), data, recipe, processes)
+
+
+def test_it_is_read_as_it_was_written(tmp_path, monkeypatch):
+    record = make_record(mean=(0.5, 0.5, 0.5), model_kwargs={"depth": 2}, gp="max")
+    assert Record.read(tmp_path) is None
+    monkeypatch.setattr(utils, "get_outdir", utils.get_outdir)  # given back after the test
+    write_when_it_starts(record.going_on_from(make_record(epochs=1), 0))
+    folder = utils.get_outdir(str(tmp_path), "run")
+    read = Record.read(tmp_path / "run")
+    assert folder == str(tmp_path / "run")
+    assert read is not None and read.differences(record) == []
+    assert (read.model.args, read.data, read.first_epoch) == ({"global_pool": "max", "depth": 2}, record.data, 1)
+    assert read.before is not None and read.before.args["epochs"] == 1
+    assert read.at(0) == read.before and read.at(1) == read
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"data": 1}', '{"data": {"splits": {}}, "model": {}}'])
+def test_a_record_that_is_none_is_named(text, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json is no record"):
+        Record.read(tmp_path)
+
+
+def test_what_makes_another_run():
+    record = make_record()
+    for same in ({"workers": 9}, {"experiment": "x", "output": "y"}, {"data_dir": "/elsewhere"}, {"device": "cuda"}):
+        assert make_record(**same).differences(record) == []
+    assert make_record("/moved/insects").differences(record) == []
+    for other, told in [
+        ({"epochs": 5}, "epochs is 3 there and 5 here"),
+        ({"seed": 1}, "seed is 42 there and 1 here"),
+        ({"lr": 0.1}, "lr is None there and 0.1 here"),
+        ({"root": "/b", "digest": "2"}, "/data/insects/train"),
+        ({"classes": ("ant", "wasp")}, "ant, wasp"),
+        ({"model_kwargs": {"depth": 2}}, "depth"),
+        ({"processes": 2}, "1 processes there and 2 here"),
+    ]:
+        assert any(told in line for line in make_record(**other).differences(record)), other
+    two = make_record(recipe="/b/config.yaml", lr=1.0).differences(make_record(recipe="/a/config.yaml"))
+    assert "its recipe is /a/config.yaml there and /b/config.yaml here" in two
+
+
+def test_the_model(tmp_path):
+    args = {"model": "convmixer_128_4.e10_cifar10", "num_classes": 3, "input_size": [1, 48, 48], "crop_pct": 0.9}
+    model = describe_model(Namespace(**args))
+    assert (model.architecture, model.num_classes) == ("convmixer_128_4", 3)
+    assert tuple(model.preprocessing["input_size"]) == (1, 48, 48)
+    # A packed folder's model has a name of its own, and arguments of its own.
+    folder = tmp_path / "convmixer_128_4.v1.2"
+    own = timm.create_model("convmixer_128_4", depth=2, num_classes=4)
+    timm.models.save_for_hf(own, str(folder), model_args={"depth": 2}, safe_serialization=True)
+    model = describe_model(Namespace(model=f"local-dir:{folder}"))
+    assert (model.architecture, model.args["depth"], model.num_classes) == ("convmixer_128_4", 2, 4)
+    for name in ("convmixer_1_1", "local-dir:nowhere", "ann/convmixer"):
+        with pytest.raises(ValueError, match=name):
+            describe_model(Namespace(model=name))
+    with pytest.raises(ValueError, match="colour"):
+        describe_model(Namespace(model="convmixer_128_4", model_kwargs={"colour": 1}))
+
+
+def test_arguments_of_other_scripts():
+    record = make_record(num_classes=2, img_size=48, model_kwargs={"depth": 2})
+    flags = {"--model", "--num-classes", "--img-size", "--input-size", "--model-kwargs"}
+    told = "--model convmixer_128_4 --model-kwargs depth=2 --img-size 48 --num-classes 2"
+    assert told_by_record(record, flags) == told.split()
+    wide = told_by_record(make_record(num_classes=2, input_size=[3, 48, 64]), flags)
+    assert " ".join(wide) == "--model convmixer_128_4 --input-size 3 48 64 --num-classes 2"
+    named = told_by_record(record, {*flags, "--label-type"})
+    assert "pretrained_cfg_overlay={'label_names': ['ant', 'bee']}" in named
+
+
+# Trainings. Each is a process of its own, on a few images of 8 pixels.
+
+
+@pytest.fixture
+def train(timm_scripts, tmp_path):
+    def run(*args, data="a", recipe="finetune"):
+        command = [sys.executable, "-m", "convmixer_timm", "train", "--no-cpu-settings", recipe, "--data-dir", data]
+        command += "--epochs 1 --warmup-epochs 0 --input-size 3 8 8 -b 2 -j 0 --device cpu".split()
+        env = {**os.environ, "TIMM_SCRIPTS": str(timm_scripts), "OMP_NUM_THREADS": "1"}
+        return subprocess.run([*command, *args], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    return run
+
+
+def refused(result):
+    """The one line that says why."""
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("convmixer-timm: error: ")
+    return line
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_one_folder_is_one_run(train, tmp_path, capsys):
+    make_data(tmp_path / "a")
+    make_data(tmp_path / "b", ["wasp", "fly"])
+    result = train()
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "output/train/finetune"
+    before = snapshot(run)
+    record = Record.read(run)
+    assert record is not None and record.data.classes == ["ant", "bee"] and record.model.num_classes == 2
+    # The same again, from where it was moved to.
+    (tmp_path / "a").rename(tmp_path / "moved")
+    again = train(data="moved")
+    assert again.returncode == 0 and "is finished, 1 of 1 epochs" in again.stderr
+    # Anything else.
+    line = refused(train(data="b"))
+    assert "ant, bee" in line and "fly, wasp" in line and "--experiment" in line and "--resume" in line
+    assert "epochs is 1 there and 2 here" in refused(train("--epochs", "2", data="moved"))
+    assert snapshot(run) == before
+    # What is published is what was trained, wherever the data are by now.
+    shutil.rmtree(tmp_path / "moved")
+    assert main(["publish", str(run), "--repo-id", "ann/x", "--dry-run"]) == 0
+    assert "2 classes" in capsys.readouterr().out
+    # On purpose: the classes are those of the epoch that is published.
+    assert train("--epochs", "2", "--resume", str(run / "last.pth.tar"), data="b").returncode == 0
+    assert [row["epoch"] for row in summary(run)] == ["0", "1"]
+    record = Record.read(run)
+    assert record is not None and record.first_epoch == 1
+    assert (record.data.classes, record.at(0).data.classes) == (["fly", "wasp"], ["ant", "bee"])
+    # A run without a record, as of train.py alone.
+    (run / "run.json").unlink()
+    assert "no run.json" in refused(train("--epochs", "2", data="b"))
+
+
+def test_two_recipes_of_one_name(train, tmp_path):
+    make_data(tmp_path / "a")
+    for folder, lr in (("one", 0.01), ("two", 0.02)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.yaml").write_text(f"model: convmixer_128_4\nlr: {lr}\n")
+    assert train(recipe="one/config.yaml").returncode == 0
+    line = refused(train(recipe="two/config.yaml"))
+    assert "lr is 0.01 there and 0.02 here" in line and "one/config.yaml" in line and "two/config.yaml" in line
+    assert train("--experiment", "two", recipe="two/config.yaml").returncode == 0
+
+
+def test_nothing_is_written_where_nothing_can_be_trained(train, tmp_path):
+    make_data(tmp_path / "a", splits=("train",))
+    assert "to validate on" in refused(train())
+    make_data(tmp_path / "a", splits=("test",))
+    assert "one batch" in refused(train("-b", "7"))
+    assert "Unknown model" in refused(train("--model", "convmixer_1_1"))
+    assert not (tmp_path / "output").exists()
+    result = train()
+    assert result.returncode == 0 and "a has no validation: validating on test" in result.stderr
+
+
+def test_validation_of_a_fine_tuned_run(train, timm_scripts, tmp_path, monkeypatch):
+    make_data(tmp_path / "a")
+    assert train().returncode == 0
+    checkpoint = tmp_path / "output/train/finetune/last.pth.tar"
+    (row,) = summary(checkpoint.parent)
+    command = [sys.executable, "-m", "convmixer_timm", "run", "--no-cpu-settings", "validate", "--device", "cpu"]
+    command += ["--checkpoint", str(checkpoint), "-j", "0", "-b", "2", "--data-dir", "a"]
+    env = {**os.environ, "TIMM_SCRIPTS": str(timm_scripts), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout.partition("--result")[2])
+    assert (told["model"], told["img_size"]) == ("convmixer_128_4", 8)
+    assert told["top1"] == pytest.approx(float(row["eval_top1"]), abs=17)  # of 6 images, and fp32 for bf16
+    make_data(tmp_path / "b", ["ant", "wasp"])
+    result = subprocess.run([*command, "--data-dir", "b"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "lacks bee" in refused(result)
+
+
+def test_inference_of_a_fine_tuned_run(train, timm_scripts, tmp_path):
+    """It works, or says what to install."""
+    make_data(tmp_path / "a")
+    assert train().returncode == 0
+    command = [sys.executable, "-m", "convmixer_timm", "run", "--no-cpu-settings", "inference", "--device", "cpu"]
+    command += [
+        "--checkpoint",
+        "output/train/finetune/last.pth.tar",
+        "-j",
+        "0",
+        "-b",
+        "2",
+        "--fullname",
+        "--data-dir",
+        "a/train",
+    ]
+    env = {**os.environ, "TIMM_SCRIPTS": str(timm_scripts), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    try:
+        import pandas  # noqa: F401
+    except ImportError:
+        assert "pip install pandas" in refused(result)
+    else:
+        assert result.returncode == 0, result.stderr
+        (file,) = tmp_path.glob("*.csv")
+        with file.open() as rows:
+            assert {row["label"] for row in csv.DictReader(rows)} <= {"ant", "bee"}
+
+
+def test_a_run_from_a_packed_folder(train, tmp_path, capsys):
+    """Of any name, with dots in it or not."""
+    make_data(tmp_path / "a")
+    shutil.copytree(PACKED, tmp_path / "convmixer_128_4.v1.2")
+    assert train("--model", f"local-dir:{tmp_path / 'convmixer_128_4.v1.2'}").returncode == 0
+    run = tmp_path / "output/train/finetune"
+    assert main(["publish", str(run), "--repo-id", "ann/x", "--dry-run"]) == 0
+    assert "v1.2" in capsys.readouterr().out
+    tuned = torch.load(run / "last.pth.tar", weights_only=False)["state_dict"]["stem.0.weight"]
+    assert (tuned - load_file(PACKED / "model.safetensors")["stem.0.weight"]).abs().max() < 0.1
+
+
+def test_records_are_replaced_on_purpose_only():
+    first = make_record()
+    assert make_record(workers=3).going_on_from(first, 0) == first
+    second = make_record(epochs=9).going_on_from(first, 4)
+    assert (second.first_epoch, second.before) == (5, first)
+    assert replace(second, first_epoch=0, before=None) == make_record(epochs=9)
