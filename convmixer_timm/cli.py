@@ -109,7 +109,7 @@ def _layers(text: str) -> list[int]:
 def _run(args: argparse.Namespace) -> int:
     from .training.launch import launch
 
-    run = launch(args.script, args.args, args.timm_scripts, settings=args.settings and args.from_shell)
+    run = launch(args.script, args.args, args.timm_scripts)
     if run:
         args.started = True  # from here on errors are the script's own
         run()
@@ -186,9 +186,6 @@ def _parser() -> argparse.ArgumentParser:
         p = command(name, run, help)
         where = "clone of timm's repository ($TIMM_SCRIPTS; else downloaded)"
         p.add_argument("--timm-scripts", metavar="DIR", help=where)
-        p.add_argument(
-            "--no-cpu-settings", dest="settings", action="store_false", help="leave the memory allocator as it is"
-        )
         p.add_argument(what, metavar=what.upper(), help=rest)
         p.add_argument("args", nargs=argparse.REMAINDER, metavar="…", help="the script's own arguments")
 
@@ -205,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # names that its encoding lacks, or no encoding has, are escaped
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
-    args.from_shell, args.started = argv is None, False
+    args.started = False
     try:
         return args.run(args)
     except KeyboardInterrupt:

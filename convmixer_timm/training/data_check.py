@@ -12,7 +12,7 @@ from typing import Any
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
-from ..images import load_image
+from ..images import known_extensions, load_image
 
 __all__ = ["Data", "Split", "check_evaluation_data", "check_training_data"]
 
@@ -235,6 +235,7 @@ def _name(args: Namespace) -> str:
 def _open(args: Namespace, split: str, where: str) -> Any:
     told = ("class_map", "input_key", "target_key", "seed")
     training = split == getattr(args, "train_split", None)
+    known_extensions()  # timm finds the images that this package reads
     numbers = "num_samples", "train_num_samples" if training else "val_num_samples"
     try:
         return create_dataset(

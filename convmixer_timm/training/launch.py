@@ -1,7 +1,6 @@
 """Settings of the process that trains, and the recipes that it trains with."""
 
 import os
-import platform
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,12 +17,10 @@ from .record import FILE, Record, write_when_it_starts
 from .scripts import find_script, run_script, script_flags, script_options
 
 __all__ = [
-    "allocator_settings",
     "launch",
     "prepare_evaluation",
     "prepare_training",
     "recipes",
-    "restart_with_allocator_settings",
     "scheduled_epochs",
     "told_by_record",
     "train_arguments",
@@ -31,26 +28,6 @@ __all__ = [
 
 RECIPES = Path(__file__).with_name("recipes")
 LAST = "last.pth.tar"
-
-# glibc gives every large tensor back to the system and pays for its page faults again at the next step. Kept instead, a
-# step of batch 512 takes half the time; tcmalloc is as good, and jemalloc as it comes is not (benchmarks/README.md).
-_GLIBC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-_RESTARTED = "CONVMIXER_TIMM_RESTARTED"
-
-
-def allocator_settings(environment: dict[str, str]) -> dict[str, str]:
-    """What to add to the environment of a process that trains on a CPU.
-
-    Empty where the user chose an allocator or any of its settings, or where the C library isn't glibc.
-    """
-    chosen = "malloc" in environment.get("LD_PRELOAD", "") or any(name in environment for name in _GLIBC)
-    if chosen or platform.libc_ver()[0] != "glibc":
-        return {}
-    return dict(_GLIBC)
 
 
 def _given(args: list[str], name: str) -> str | None:
@@ -71,18 +48,6 @@ def _on_cpu(args: list[str]) -> bool:
     if device:
         return device == "cpu"
     return not torch.cuda.is_available()
-
-
-def restart_with_allocator_settings(args: list[str]) -> None:
-    """Replaces this process by itself with `allocator_settings`, if `args` run on a CPU; says so on stderr.
-
-    The allocator reads its settings when a process starts. The process keeps its number, so signals, exit codes and
-    torchrun see no difference.
-    """
-    settings = {} if os.environ.get(_RESTARTED) or not _on_cpu(args) else allocator_settings(dict(os.environ))
-    if settings:
-        print("CPU settings:", *(f"{k}={v}" for k, v in settings.items()), file=sys.stderr, flush=True)
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **settings, _RESTARTED: "1"})
 
 
 def recipes() -> dict[str, str]:
@@ -127,17 +92,15 @@ def train_arguments(recipe: str, args: list[str]) -> list[str]:
     return out
 
 
-def launch(script: str, args: list[str], folder: str | None = None, settings: bool = True) -> Callable[[], None] | None:
+def launch(script: str, args: list[str], folder: str | None = None) -> Callable[[], None] | None:
     """Makes ready to run one of timm's scripts in this process.
 
-    On a CPU the process starts anew with `allocator_settings` before. What would train or measure on other data than
-    the user thinks is refused; see `prepare_training` and `prepare_evaluation`.
+    What would train or measure on other data than the user thinks is refused; see `prepare_training` and `prepare_evaluation`.
 
     Args:
         script: Its name, or 'train RECIPE'.
         args: Its arguments.
         folder: A clone of timm's repository, as for `scripts.find_script`.
-        settings: Whether the allocator may be set.
 
     Returns:
         What runs the script; what that raises is the script's own. None where there is nothing left to do.
@@ -150,8 +113,6 @@ def launch(script: str, args: list[str], folder: str | None = None, settings: bo
     if recipe:
         args = train_arguments(recipe, args)
     path = find_script(name, folder)
-    if settings:
-        restart_with_allocator_settings(args)
     prepared = prepare_training(path, args, recipe) if path.stem == "train" else prepare_evaluation(path, args)
     return None if prepared is None else lambda: run_script(path, prepared)
 

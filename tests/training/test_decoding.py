@@ -83,7 +83,7 @@ def test_validation_reads_by_it(timm_scripts, folder, tmp_path):
     for name in ("a", "b"):
         (images / name).symlink_to(folder / name)
     args = ["--model", "convmixer_128_4", "--num-classes", "2", "--data-dir", str(images), "--device", "cpu", "-j", "1"]
-    command = [sys.executable, "-X", "utf8=0", "-m", "convmixer_timm", "run", "--no-cpu-settings", "validate", *args]
+    command = [sys.executable, "-X", "utf8=0", "-m", "convmixer_timm", "run", "validate", *args]
     environment = {**os.environ, "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from convmixer_timm.cli import main
-from convmixer_timm.training.launch import RECIPES, allocator_settings, recipes, train_arguments
+from convmixer_timm.training.launch import RECIPES, recipes, train_arguments
 
 from ..conftest import torchrun
 from .test_scripts import data, run, summary  # noqa: F401  `data` is a fixture
@@ -105,36 +105,6 @@ def test_unknown_recipe_is_named(capsys):
     assert "cifar10_e25" in err
     assert main(["recipes"]) == 0
     assert "cifar10_e25" in capsys.readouterr().out
-
-
-def test_a_users_own_allocator_is_left_alone():
-    assert allocator_settings({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"}) == {}
-    assert allocator_settings({"MALLOC_MMAP_MAX_": "5"}) == {}
-
-
-@pytest.mark.skipif(not allocator_settings({}), reason="not glibc")
-def test_settings_are_printed_and_can_be_refused(tmp_path):
-    (tmp_path / "show.py").write_text("import os; print(os.environ.get('MALLOC_MMAP_MAX_'))")
-    for options, args, shown in [
-        ([], [], "0"),
-        (["--no-cpu-settings"], [], "None"),
-        ([], ["--device", "cuda"], "None"),
-    ]:
-        command = [
-            sys.executable,
-            "-m",
-            "convmixer_timm",
-            "run",
-            *options,
-            "--timm-scripts",
-            str(tmp_path),
-            "show",
-            *args,
-        ]
-        environment = {k: v for k, v in os.environ.items() if "MALLOC" not in k and "GLIBC" not in k}
-        result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        assert result.stdout.strip() == shown
-        assert ("CPU settings: MALLOC_MMAP_MAX_=0" in result.stderr) == (shown == "0")
 
 
 def test_a_resumed_summary_stays_one_table(tmp_path):

@@ -109,7 +109,7 @@ def test_arguments_of_other_scripts():
 @pytest.fixture
 def train(timm_scripts, tmp_path):
     def run(*args, data="a", recipe="finetune"):
-        command = [sys.executable, "-m", "convmixer_timm", "train", "--no-cpu-settings", recipe, "--data-dir", data]
+        command = [sys.executable, "-m", "convmixer_timm", "train", recipe, "--data-dir", data]
         command += "--epochs 1 --warmup-epochs 0 --input-size 3 8 8 -b 2 -j 0 --device cpu".split()
         env = {**os.environ, "TIMM_SCRIPTS": str(timm_scripts), "OMP_NUM_THREADS": "1"}
         return subprocess.run([*command, *args], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -190,7 +190,7 @@ def test_validation_of_a_fine_tuned_run(train, timm_scripts, tmp_path, monkeypat
     assert train().returncode == 0
     checkpoint = tmp_path / "output/train/finetune/last.pth.tar"
     (row,) = summary(checkpoint.parent)
-    command = [sys.executable, "-m", "convmixer_timm", "run", "--no-cpu-settings", "validate", "--device", "cpu"]
+    command = [sys.executable, "-m", "convmixer_timm", "run", "validate", "--device", "cpu"]
     command += ["--checkpoint", str(checkpoint), "-j", "0", "-b", "2", "--data-dir", "a"]
     env = {**os.environ, "TIMM_SCRIPTS": str(timm_scripts), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -207,7 +207,7 @@ def test_inference_of_a_fine_tuned_run(train, timm_scripts, tmp_path):
     """It works, or says what to install."""
     make_data(tmp_path / "a")
     assert train().returncode == 0
-    command = [sys.executable, "-m", "convmixer_timm", "run", "--no-cpu-settings", "inference", "--device", "cpu"]
+    command = [sys.executable, "-m", "convmixer_timm", "run", "inference", "--device", "cpu"]
     command += [
         "--checkpoint",
         "output/train/finetune/last.pth.tar",
