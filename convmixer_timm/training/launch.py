@@ -95,7 +95,8 @@ def train_arguments(recipe: str, args: list[str]) -> list[str]:
 def launch(script: str, args: list[str], folder: str | None = None) -> Callable[[], None] | None:
     """Makes ready to run one of timm's scripts in this process.
 
-    What would train or measure on other data than the user thinks is refused; see `prepare_training` and `prepare_evaluation`.
+    What would train or measure on other data than the user thinks is refused; see `prepare_training` and
+    `prepare_evaluation`.
 
     Args:
         script: Its name, or 'train RECIPE'.
