@@ -38,7 +38,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", type=Path, help="CSV to write")
     args = parser.parse_args()
-    recipe = yaml.safe_load((RECIPES / "finetune.yaml").read_text())
+    recipe = yaml.safe_load((RECIPES / "finetune.yaml").read_text(encoding="utf-8"))
     recipe |= {key: value for key in ("model", "epochs") if (value := getattr(args, key))}
     recipe |= {"num_classes": args.num_classes, "val_split": args.val_split}
 
@@ -47,7 +47,7 @@ if __name__ == "__main__":
         for name in args.settings:
             with tempfile.TemporaryDirectory() as folder:
                 config = Path(folder) / "config.yaml"
-                config.write_text(yaml.safe_dump({**recipe, **SETTINGS[name], "seed": seed}))
+                config.write_text(yaml.safe_dump({**recipe, **SETTINGS[name], "seed": seed}), encoding="utf-8")
                 command = [sys.executable, "-m", "convmixer_timm", "train", str(config), "--output", folder]
                 subprocess.run(
                     [*command, "--experiment", "run", "--data-dir", str(args.data)],
@@ -55,7 +55,7 @@ if __name__ == "__main__":
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                 )
-                with (Path(folder) / "run" / "summary.csv").open() as file:
+                with (Path(folder) / "run" / "summary.csv").open(encoding="utf-8") as file:
                     *_, last = csv.DictReader(file)
             rows.append({"model": recipe["model"], "setting": name, "seed": seed, "epochs": recipe["epochs"]})
             rows[-1] |= {"top1": f"{float(last['eval_top1']):.2f}"}
@@ -66,7 +66,7 @@ if __name__ == "__main__":
         spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
         print(f"{name:24}{statistics.mean(top1):6.1f} (standard deviation {spread:.1f}, {len(top1)} seeds)")
     if args.results:
-        with args.results.open("w", newline="") as file:
+        with args.results.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -343,7 +343,7 @@ def main() -> None:
             append_rows(args.csv, rows)
     args.progress.close()
     if args.csv:
-        with args.csv.open() as file:
+        with args.csv.open(encoding="utf-8") as file:
             everything = list(csv.DictReader(file))
     if args.plots:
         draw(everything, args.plots)

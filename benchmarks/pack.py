@@ -30,7 +30,7 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", help="as the Hub names it, OWNER/NAME")
     parser.add_argument("--again", help="how to repeat a run that was resumed with other settings, as Markdown")
     args = parser.parse_args()
-    with args.results.open() as file:
+    with args.results.open(encoding="utf-8") as file:
         (result,) = csv.DictReader(file)
     source = read_run(args.run, labels=list(CIFAR10_LABELS), checkpoint="last.pth.tar", ema=args.ema)
     assert source.training is not None

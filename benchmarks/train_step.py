@@ -1,9 +1,10 @@
 """Times one training step (forward, backward, AdamW) of this package's ConvMixer against timm's own class.
 
-    python benchmarks/train_step.py --model convmixer_256_8 --batch-size 128 512 --csv benchmarks/results/train_step.csv
+    python benchmarks/train_step.py --model convmixer_256_8 --precision fp32 --csv benchmarks/results/train_step.csv
+    python benchmarks/train_step.py --evaluate --precision fp32 --batch-size 64
 
-Every setting runs in a process of its own, as the memory allocator is set when a process starts. All are warmed up,
-then take turns; the ratio is of medians over the turns. The floor is what the step would take if it did nothing but the
+Every setting runs in a process of its own, as the memory allocator is set once a process. All are warmed up, then take
+turns; the ratios are of medians over the turns. The floor is what the step would take if it did nothing but the
 convolutions' multiply-adds at the speed measured here and read and wrote each activation once a pass.
 """
 
@@ -18,12 +19,20 @@ import sys
 import time
 from pathlib import Path
 
-SETTINGS = {  # name: (whose class, compiled, allocator settings)
-    "timm eager": ("timm", False, False),
-    "timm compiled": ("timm", True, False),
-    "ours": ("ours", False, True),
-    "ours compiled": ("ours", True, True),
-    "ours, default allocator": ("ours", False, False),
+SETTINGS = {  # name: (whose class, channels-last, compiled, allocator set in the environment)
+    "timm": ("timm", False, False, False),
+    "timm channels-last": ("timm", True, False, False),
+    "timm channels-last, allocator": ("timm", True, False, True),
+    "timm compiled": ("timm", True, True, True),
+    "ours": ("ours", False, False, False),
+    "ours channels-last": ("ours", True, False, False),
+    "ours compiled": ("ours", True, True, False),
+}
+# glibc's settings that keep freed memory; the package makes them itself, timm's class gets them from the environment.
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
 
@@ -55,22 +64,31 @@ def work(args) -> None:
 
     if args.worker == "floor":
         return print(floor_seconds(args))
-    whose, compiled, _ = SETTINGS[args.worker]
+    if args.march:
+        from convmixer_timm.kernels import build as kernels
+
+        kernels._FLAGS = [flag.replace("-march=native", f"-march={args.march}") for flag in kernels._FLAGS]
+    whose, channels_last, compiled, _ = SETTINGS[args.worker]
     torch.manual_seed(0)
-    model = build(whose, args.model).to(memory_format=torch.channels_last).train()
-    images = torch.randn(args.batch_size[0], 3, args.img_size, args.img_size)
-    images = images.to(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = build(whose, args.model).to(memory_format=layout).train(not args.evaluate)
+    images = torch.randn(args.batch_size[0], 3, args.img_size, args.img_size).to(memory_format=layout)
     labels = torch.randint(model.num_classes, (len(images),))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     run = torch.compile(model) if compiled else model
 
-    def step():
+    def evaluate():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            run(images)
+
+    def train():
         with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
             loss = torch.nn.functional.cross_entropy(run(images), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
+    step = evaluate if args.evaluate else train
     for _ in range(3):
         step()
     print("ready", flush=True)
@@ -113,17 +131,19 @@ def floor_seconds(args) -> float:
 
 
 def measure(args, batch_size: int) -> list[dict]:
-    from convmixer_timm.training.launch import allocator_settings
-
     def start(name: str, allocator: bool) -> subprocess.Popen:
-        environment = {**os.environ, **(allocator_settings(dict(os.environ)) if allocator else {})}
+        environment = {**os.environ, **(ALLOCATOR if allocator else {})}
+        if args.march:
+            environment["ONEDNN_MAX_CPU_ISA"] = args.isa
         command = [sys.executable, __file__, "--worker", name, "--model", args.model, "--precision", args.precision]
         command += ["--batch-size", str(batch_size), "--img-size", str(args.img_size)]
+        command += ["--march", args.march] if args.march else []
+        command += ["--evaluate"] if args.evaluate else []
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     workers = {}
     for name in args.settings:
-        workers[name] = start(name, allocator=SETTINGS[name][2])
+        workers[name] = start(name, allocator=SETTINGS[name][3])
         assert workers[name].stdout.readline() == "ready\n", name
     seconds, memory = {name: [] for name in workers}, {}
     for _ in range(args.repeats):
@@ -135,28 +155,34 @@ def measure(args, batch_size: int) -> list[dict]:
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    floor = float(start("floor", allocator=True).communicate()[0])
-    best = min((statistics.median(seconds[n]) for n in workers if n.startswith("timm")), default=float("nan"))
+    floor = float("nan") if args.evaluate else float(start("floor", allocator=True).communicate()[0])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    best = min((m for name, m in medians.items() if name.startswith("timm")), default=float("nan"))
     rows = []
     for name, values in seconds.items():
-        median = statistics.median(values)
+        median = medians[name]
         rows.append(
             {
                 "model": args.model,
                 "img_size": args.img_size,
+                "loop": "evaluation" if args.evaluate else "training",
                 "precision": args.precision,
+                "code": args.march or "native",
                 "batch_size": batch_size,
                 "setting": name,
                 "images_per_s": round(batch_size / median, 1),
                 "slowest": round(batch_size / max(values), 1),
                 "fastest": round(batch_size / min(values), 1),
+                "times_timm": round(medians.get("timm", float("nan")) / median, 2),
                 "times_timms_best": round(best / median, 2),
                 "share_of_floor": round(floor / median, 2),
                 "peak_MiB": round(memory[name]),
             }
         )
         print(
-            "  ".join(f"{k}={v}" for k, v in rows[-1].items() if k not in ("model", "img_size", "precision")),
+            "  ".join(
+                f"{k}={v}" for k, v in rows[-1].items() if k not in ("model", "img_size", "precision", "code", "loop")
+            ),
             flush=True,
         )
     return rows
@@ -167,7 +193,7 @@ def machine() -> dict[str, str]:
     import timm
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "") or platform.processor()
     return {"cpu": f"{cpu} x{torch.get_num_threads()}", "torch": torch.__version__, "timm": timm.__version__}
 
@@ -175,7 +201,7 @@ def machine() -> dict[str, str]:
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Appends to a CSV file, which gets its header with the first rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="") as file:
+    with path.open("a+", newline="", encoding="utf-8") as file:
         file.seek(0)
         header = next(csv.reader(file), None)
         if header not in (None, list(rows[0])):
@@ -195,6 +221,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
+    parser.add_argument("--evaluate", action="store_true", help="time evaluation without gradients instead")
+    parser.add_argument("--march", help="build the kernels for this processor, as haswell for AVX2 alone")
+    parser.add_argument("--isa", default="AVX2", help="with --march: what oneDNN may use (ONEDNN_MAX_CPU_ISA)")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--worker", choices=[*SETTINGS, "floor"], help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -7,29 +7,34 @@
 | labml      | ``patch_emb.conv.weight``  | labml's annotated implementation                              |
 | mmpretrain | ``backbone.stem.0.weight`` | OpenMMLab's mmpretrain                                        |
 
-All of them are the same network, so this is a renaming. The activation leaves no trace in the keys: whether a
-checkpoint wants ReLU or GELU its source has to tell.
+All of them are the same network, so this is a renaming; prefixes that a wrapper of the model left in front of the keys
+(`DataParallel`, `torch.compile`, a Lightning module's attribute) are dropped. The activation leaves no trace in the
+keys: whether a checkpoint wants ReLU or GELU its source has to tell.
 """
 
 import argparse
+import pickle
 import re
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 import torch.nn as nn
-from timm.models import clean_state_dict
 
+from .errors import one_line, os_reason
 from .files import atomic_path
 
 __all__ = ["Shape", "checkpoint_filter_fn", "convert", "read_checkpoint", "to_timm_layout"]
 
+# In an order in which no key ends like that of a layout before it.
 _MARKERS = {
+    "mmpretrain": "backbone.stem.0.weight",
     "timm": "stem.0.weight",
     "authors": "3.0.fn.0.weight",
     "labml": "patch_emb.conv.weight",
-    "mmpretrain": "backbone.stem.0.weight",
 }
 _LABML = (
     ("patch_emb.conv.", "stem.0."),
@@ -42,7 +47,11 @@ _LABML = (
     ("classification.linear.", "head."),
 )
 _MMPRETRAIN = (("backbone.stem.", "stem."), ("backbone.stages.", "blocks."), ("head.fc.", "head."))
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# Under what trainers keep the weights, averaged ones first.
+_WRAPPERS = (
+    *("state_dict_ema", "ema_state_dict", "model_ema", "state_dict", "model_state_dict", "model_state"),
+    *("model", "net", "network", "module", "weights", "params"),
+)
 
 StateDict = dict[str, torch.Tensor]
 
@@ -60,13 +69,19 @@ class Shape:
 
     @classmethod
     def of(cls, state_dict: StateDict) -> "Shape":
-        """Reads the sizes off the tensors of a `state_dict` in timm's layout."""
-        stem = state_dict["stem.0.weight"]
+        """Reads the sizes off the tensors of a `state_dict` in timm's layout.
+
+        Raises:
+            ValueError: If these are no tensors of a ConvMixer.
+        """
+        stem, depthwise = state_dict["stem.0.weight"], state_dict["blocks.0.0.fn.0.weight"]
         head = state_dict.get("head.weight")
+        if stem.ndim != 4 or depthwise.ndim != 4 or (head is not None and head.ndim != 2):
+            raise ValueError("Not a ConvMixer checkpoint: its convolutions or its classifier have another form.")
         return cls(
             dim=stem.shape[0],
             depth=1 + max(int(m[1]) for k in state_dict if (m := re.match(r"blocks\.(\d+)\.", k))),
-            kernel_size=state_dict["blocks.0.0.fn.0.weight"].shape[-1],
+            kernel_size=depthwise.shape[-1],
             patch_size=stem.shape[-1],
             in_chans=stem.shape[1],
             num_classes=0 if head is None else head.shape[0],
@@ -87,6 +102,8 @@ def _renamed(state_dict: StateDict, names: tuple[tuple[str, str], ...]) -> State
 
 def _from_authors(state_dict: StateDict) -> StateDict:
     # stem at 0 and 2, layers from 3 on, then pooling and flattening without parameters, then the classifier
+    if other := next((key for key in state_dict if not re.match(r"\d+\.", key)), None):
+        raise ValueError(f"Not a ConvMixer checkpoint: {other} is no key of the authors' layout.")
     head = max(int(key.split(".")[0]) for key in state_dict)
     out = {}
     for key, value in state_dict.items():
@@ -100,13 +117,22 @@ def _from_authors(state_dict: StateDict) -> StateDict:
     return out
 
 
+def _layout(keys: set[str]) -> tuple[str | None, str]:
+    """The layout that some keys have, and the prefix that they all have there."""
+    for name, marker in _MARKERS.items():
+        prefixes = [key.removesuffix(marker) for key in keys if key == marker or key.endswith(f".{marker}")]
+        if prefixes:
+            return name, min(prefixes, key=lambda prefix: (len(prefix), prefix))
+    return None, ""
+
+
 def to_timm_layout(state_dict: StateDict) -> tuple[StateDict, str]:
     """Renames a ConvMixer's parameters to timm's names.
 
     Args:
         state_dict: Tensors by name in any layout of this module's table, with or without the prefixes of
-            `DataParallel` and `torch.compile`, or a checkpoint that holds them under ``state_dict_ema``,
-            ``model_ema``, ``state_dict`` or ``model``.
+            `DataParallel`, `torch.compile` and Lightning modules, or a checkpoint that holds them as trainers do:
+            under ``state_dict``, ``model_state_dict``, ``model``, ``net``, …; averaged ones are preferred.
 
     Returns:
         The tensors by timm's names, and the layout's name.
@@ -116,13 +142,15 @@ def to_timm_layout(state_dict: StateDict) -> tuple[StateDict, str]:
     """
     if not isinstance(state_dict, dict):
         raise ValueError(f"Not a ConvMixer checkpoint: expected tensors by name, found a {type(state_dict).__name__}")
-    for wrapper in _WRAPPERS:
-        inner = state_dict.get(wrapper)
-        if isinstance(inner, dict):
-            state_dict = inner
-            break
-    state_dict = clean_state_dict(state_dict)
-    layout = next((name for name, key in _MARKERS.items() if key in state_dict), None)
+    content: dict[str, Any] = state_dict
+    while inner := next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None):
+        content = inner
+    state_dict = content
+    layout, prefix = _layout({key for key in state_dict if isinstance(key, str)})
+    if prefix:  # what else a wrapper keeps (a criterion, metrics) is no part of the model
+        state_dict = {k[len(prefix) :]: v for k, v in state_dict.items() if isinstance(k, str) and k.startswith(prefix)}
+    if layout and not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state_dict.items()):
+        raise ValueError("Not a ConvMixer checkpoint: it holds more than tensors by name.")
     if layout == "authors":
         state_dict = _from_authors(state_dict)
     elif layout == "labml":
@@ -131,7 +159,7 @@ def to_timm_layout(state_dict: StateDict) -> tuple[StateDict, str]:
         state_dict = _renamed(state_dict, _MMPRETRAIN)
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith("data_preprocessor.")}
     if layout is None or "blocks.0.0.fn.0.weight" not in state_dict:
-        found = ", ".join(list(state_dict)[:3]) or "nothing"
+        found = ", ".join(map(str, list(state_dict)[:3])) or "nothing"
         expected = ", ".join(f"{key} ({name})" for name, key in _MARKERS.items())
         raise ValueError(f"Not a ConvMixer checkpoint: expected a key such as {expected}; found {found}, …")
     return state_dict, layout
@@ -165,22 +193,42 @@ def read_checkpoint(path: str | Path) -> StateDict:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it can't be read, or is a pickle that asks for code, as some of torch's own (a whole module) do.
+            The message is one line.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"No such checkpoint file: {path}")
+        raise FileNotFoundError(f"No such checkpoint file: {path}" + ", it is a folder" * path.is_dir())
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         # timm's checkpoints carry their training arguments as a Namespace
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, no tensors by name")
-        return content
     except Exception as error:  # torch, pickle, zipfile and safetensors each have their own
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise ValueError(f"{path} can't be read as weights: {reason}") from error
+        raise ValueError(f"{path} can't be read as weights: {_why(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} can't be read as weights: it holds a {type(content).__name__}, no tensors by name")
+    return content
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a file, in a whole sentence, of errors that fill a screen."""
+    text = one_line(error)
+    if code := re.search(r"(?:GLOBAL|[Uu]nsupported (?:class|global):?|function) ([A-Za-z_][\w.]*\.[\w.]*\w)", text):
+        return (
+            f"it is a pickle that asks for {code[1]}, and code in a file is never run here. If you trust the file, "
+            "write its tensors alone where that code is installed: c = torch.load(FILE, weights_only=False), then "
+            "torch.save(c['state_dict'], NEW), or torch.save(c.state_dict(), NEW) if c is a whole model"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        detail = re.search(r"WeightsUnpickler error: (.{1,120}?)(?:\. | Check the documentation|$)", text)
+        return f"it is damaged, or no pickle of tensors only ({detail[1].strip() if detail else type(error).__name__})"
+    if "TorchScript" in text:
+        return "it is a TorchScript program, which is never run here: torch.save its state_dict() to another file"
+    if isinstance(error, PermissionError):
+        return os_reason(error)
+    return f"it is damaged ({text if 0 < len(text) <= 200 else type(error).__name__})"
 
 
 def convert(source: str | Path, target: str | Path) -> tuple[Shape, str]:
@@ -197,6 +245,9 @@ def convert(source: str | Path, target: str | Path) -> tuple[Shape, str]:
     if target.suffix != ".safetensors":
         raise ValueError(f"The output must end in .safetensors, got {target}")
     state_dict, layout = to_timm_layout(read_checkpoint(source))
+    shape = Shape.of(state_dict)
+    if odd := [key for key, value in state_dict.items() if value.layout != torch.strided or value.is_quantized]:
+        raise ValueError(f"{source} has tensors that are no plain ones: {', '.join(odd[:3])}")
     with atomic_path(target) as temporary:
         safetensors.torch.save_file({k: v.detach().clone().contiguous() for k, v in state_dict.items()}, temporary)
-    return Shape.of(state_dict), layout
+    return shape, layout

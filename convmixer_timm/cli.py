@@ -1,10 +1,12 @@
 """The ``convmixer-timm`` command: the list of its sub-commands, each a few lines over its room's functions."""
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
 
+from .errors import one_line, os_reason, printable
 from .version import version
 
 DEFAULT_MODEL = "convmixer_256_8.e25_cifar10"
@@ -55,12 +57,13 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _publish(args: argparse.Namespace) -> int:
     from .hub.publish import publish
+    from .inference.loading import read_labels
 
     publication = publish(
         args.source,
         args.repo_id,
         architecture=args.model,
-        labels=_lines(args.labels) if args.labels else None,
+        labels=read_labels(args.labels) if args.labels else None,
         private=args.private,
         revision=args.revision,
         create_pr=args.create_pr,
@@ -73,13 +76,18 @@ def _publish(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
+    from .images import find_images
     from .inference.loading import class_names, load_model
     from .plots import draw
 
     model = load_model(args.model)
-    for line in draw(model, class_names(model), Path(args.output), args.layers, map(Path, args.image)):
-        print(line)
-    return 0
+    failed: list[OSError] = []
+    images = find_images(args.image)
+    for line in draw(model, class_names(model), Path(args.output), args.layers, images, failed.append):
+        print(printable(line))
+    for error in failed:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -96,11 +104,6 @@ def _export(args: argparse.Namespace) -> int:
 
 def _layers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
-
-
-def _lines(path: str) -> list[str]:
-    with open(path) as file:
-        return [line.strip() for line in file if line.strip()]
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -168,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     p = command("plot", _plot, "Draw a model's patch-embedding filters and depthwise kernels, and what it looks at.")
     p.add_argument("model", metavar="MODEL", help="NAME, hf-hub:OWNER/NAME or local-dir:FOLDER")
     p.add_argument("--layers", type=_layers, metavar="I,J,…", help="whose kernels (first, middle and last)")
-    p.add_argument("--image", nargs="+", metavar="IMAGE", default=(), help="draw a heat map for each (Grad-CAM)")
+    p.add_argument("--image", nargs="+", metavar="IMAGE", default=(), help="file, folder or glob: a heat map for each")
     p.add_argument("-o", "--output", metavar="DIR", default=".", help="folder for the PNG files (%(default)s)")
 
     p = command("export", _export, "Write a model for another program, with its preprocessing as metadata.")
@@ -198,6 +201,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code. What a user can mend comes as one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that its encoding lacks, or no encoding has, are escaped
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     args.from_shell, args.started = argv is None, False
     try:
@@ -217,6 +223,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(error: Exception) -> int:
+    message = str(error)
+    if isinstance(error, OSError) and error.errno and isinstance(name := error.filename2 or error.filename, str):
+        message = f"{name}: {os_reason(error)}"
     if os.environ.get("RANK", "0") == "0":  # once, where torchrun started several
-        print(f"convmixer-timm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"convmixer-timm: error: {one_line(message)}", file=sys.stderr)
     return 1

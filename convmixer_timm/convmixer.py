@@ -26,48 +26,28 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 
 from .checkpoints import checkpoint_filter_fn
-from .kernels.act_norm import conv_act_norm, has_hooks
-from .kernels.depthwise import DepthwiseConv2d
-from .kernels.pooling import average_pool, can_pool
-from .kernels.spatial_mixing import can_mix, mix_space
+from .kernels import fast
 
 __all__ = ["ConvMixer"]
 
 
-class ConvActNorm(nn.Sequential):
-    """Convolution, activation, norm, in this order; on request plus a shortcut around them."""
-
-    def __init__(self, conv: nn.Module, act: nn.Module, norm: nn.Module):
-        super().__init__(conv, act, norm)
-
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            for module in self:
-                x = module(x)
-            return x if shortcut is None else x + shortcut
-        else:
-            conv, act, norm = self
-            if (shortcut is None or shortcut is x) and can_mix(x, conv, act, norm):
-                return mix_space(x, conv, act, norm, residual=shortcut is not None)
-            return conv_act_norm(x, conv, act, norm, shortcut)
+class ConvActNorm(fast.ConvActNorm, nn.Sequential):
+    """Convolution, activation, norm, in this order."""
 
 
-class Residual(nn.Module):
+class Residual(fast.Residual, nn.Module):
     """``fn(x) + x``, with stochastic depth over `fn`."""
 
-    def __init__(self, fn: ConvActNorm, drop_path: float = 0.0):
+    def __init__(self, fn: nn.Module, drop_path: float = 0.0):
         super().__init__()
         self.fn = fn
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if isinstance(self.drop_path, nn.Identity) and not has_hooks(self.fn):
-                return self.fn(x, x)  # the sum may then be part of the norm's pass over memory
         return self.drop_path(self.fn(x)) + x
 
 
-class Block(nn.Sequential):
+class Block(fast.Block, nn.Sequential):
     """One ConvMixer layer: spatial mixing with its residual, then channel mixing (convolution, activation, norm).
 
     Args:
@@ -94,11 +74,12 @@ class Block(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self[0](x)
-        if torch.jit.is_scripting():
-            y = self[3](self[2](self[1](x)))
-        else:
-            y = conv_act_norm(x, self[1], self[2], self[3])
+        y = self[3](self[2](self[1](x)))
         return drop_path(y, self.drop_rate, self.training) + x if self.residual else y
+
+
+class GlobalPool(fast.GlobalPool, SelectAdaptivePool2d):
+    """timm's pooling over all positions."""
 
 
 class ConvMixer(nn.Module):
@@ -169,7 +150,9 @@ class ConvMixer(nn.Module):
             *[
                 Block(
                     Residual(
-                        ConvActNorm(DepthwiseConv2d(dim, kernel_size, **dd), act(), norm(dim, **dd)),
+                        ConvActNorm(
+                            nn.Conv2d(dim, dim, kernel_size, groups=dim, padding="same", **dd), act(), norm(dim, **dd)
+                        ),
                         drop_path=rate,
                     ),
                     nn.Conv2d(dim, dim, kernel_size=1, **dd),
@@ -188,7 +171,7 @@ class ConvMixer(nn.Module):
     def _set_head(self, num_classes: int, global_pool: str | None, device=None, dtype=None) -> None:
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.global_pool = GlobalPool(pool_type=global_pool, flatten=bool(global_pool))
             self.unpooled = not global_pool
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head = (
@@ -254,6 +237,7 @@ class ConvMixer(nn.Module):
         assert output_fmt in ("NCHW",), "output_fmt must be NCHW."
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        images = x
         x = self.stem(x)
         # TorchScript can't slice the layers
         blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
@@ -263,10 +247,10 @@ class ConvMixer(nn.Module):
             else:
                 x = block(x)
             if i in take_indices:
-                intermediates.append(x)
+                intermediates.append(fast.as_given(x, images))
         if intermediates_only:
             return intermediates
-        return x, intermediates
+        return fast.as_given(x, images), intermediates
 
     def prune_intermediate_layers(
         self,
@@ -290,20 +274,19 @@ class ConvMixer(nn.Module):
             self.reset_classifier(0, "")
         return take_indices
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [N, in_chans, H, W] to features [N, dim, H / p, W / p]."""
+    def _forward_layers(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, in_chans, H, W] to features [N, dim, H / p, W / p]."""
+        return fast.as_given(self._forward_layers(x), x)
+
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features [N, dim, H / p, W / p] to logits, or with `pre_logits` to what the classifier would get."""
-        if torch.jit.is_scripting():
-            x = self.global_pool(x)
-        else:
-            x = average_pool(x) if can_pool(x, self.global_pool) else self.global_pool(x)
-        x = self.head_drop(x)
+        x = self.head_drop(self.global_pool(x))
         if pre_logits or self.num_classes == 0:
             return x
         if self.unpooled:  # a logit map
@@ -312,7 +295,7 @@ class ConvMixer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, in_chans, H, W] to logits [N, num_classes]."""
-        return self.forward_head(self.forward_features(x))
+        return self.forward_head(self._forward_layers(x))
 
 
 def _create_convmixer(variant: str, pretrained: bool, model_args: dict, kwargs: dict) -> ConvMixer:
@@ -386,6 +369,7 @@ default_cfgs = generate_default_cfgs(
         "convmixer_1024_20_ks9_p14.in1k": _cfg(hf_hub_id="timm/"),
         "convmixer_256_8.e25_cifar10": _cifar10_cfg(file="convmixer_256_8.e25_cifar10", **_MIDDLE),
         "convmixer_256_8_ks7_p2": _cifar10_cfg(),
+        "convmixer_256_8_ks7_p4": _cfg(num_classes=200, input_size=(3, 64, 64), crop_pct=1.0),
         "convmixer_256_8_ks9_p1": _cifar10_cfg(),
         "convmixer_256_16_ks9_p1": _cifar10_cfg(),
         "convmixer_128_8.e25_cifar10": _cifar10_cfg(file="convmixer_128_8.e25_cifar10", **_MIDDLE),
@@ -435,6 +419,13 @@ def convmixer_256_8_ks7_p2(pretrained=False, **kwargs) -> ConvMixer:
     """ConvMixer-256/8, kernel 7, patch 2, for CIFAR-10."""
     model_args = dict(dim=256, depth=8, kernel_size=7, patch_size=2)
     return _create_convmixer("convmixer_256_8_ks7_p2", pretrained, model_args, kwargs)
+
+
+@_register
+def convmixer_256_8_ks7_p4(pretrained=False, **kwargs) -> ConvMixer:
+    """ConvMixer-256/8, kernel 7, patch 4, for the 64 pixels of Tiny-ImageNet."""
+    model_args = dict(dim=256, depth=8, kernel_size=7, patch_size=4)
+    return _create_convmixer("convmixer_256_8_ks7_p4", pretrained, model_args, kwargs)
 
 
 @_register

@@ -1,16 +1,99 @@
-"""What goes wrong on the way to the Hub and back, told in one line with what to do."""
+"""What goes wrong, told in one line by its cause: the disk, rights, the network or the Hub; with what to do."""
+
+import errno
+import os
+import re
+from pathlib import Path
 
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-__all__ = ["NETWORK", "HubError", "hub_reason", "hub_status"]
+__all__ = [
+    "NETWORK",
+    "HubError",
+    "HubTimeout",
+    "hub_reason",
+    "hub_status",
+    "local_cause",
+    "local_reason",
+    "one_line",
+    "os_reason",
+    "printable",
+    "timeout_cause",
+    "transfer_reason",
+]
 
 # What huggingface_hub lets through: httpx's errors are no OSErrors, those of requests, which it used before 1.0, are.
 NETWORK = (OSError, HTTPError)
 
+_TIMEOUTS = ("ConnectTimeout", "ReadTimeout", "WriteTimeout", "PoolTimeout", "TimeoutError", "HubTimeout")
+_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")  # whose errors are the network's, whatever is behind them
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_PATHS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
+_OTHERS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.EBUSY}
+_LOCAL = _DISK | _RIGHTS | _PATHS | _OTHERS
+
 
 class HubError(OSError):
     """What went wrong between here and the Hub, and what to do, in one line."""
+
+
+class HubTimeout(HubError):
+    """An answer that the Hub owed for too long."""
+
+
+def printable(text: object) -> str:
+    """A text that any terminal can show on one line: line ends, control codes and undecodable bytes are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def one_line(text: object) -> str:
+    """A message, which may have several lines and colours, as one line that any terminal can show."""
+    return printable(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split()))
+
+
+def os_reason(error: OSError) -> str:
+    """What the operating system said, without the file's name, which the caller tells."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return (error.strerror or os.strerror(error.errno or 0)).lower()
+
+
+def local_cause(error: BaseException | None) -> OSError | None:
+    """The error of this machine's files that is behind another error; None if it is the network's or the Hub's."""
+    while error is not None and not type(error).__module__.startswith(_CLIENTS):
+        if isinstance(error, OSError) and error.errno in _LOCAL:
+            return error
+        # The transfer library in Rust tells the number in words only.
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) and int(found[1]) in _LOCAL:
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+        error = error.__cause__
+    return None
+
+
+def timeout_cause(error: BaseException | None) -> BaseException | None:
+    """The timeout that is behind an error; None if there is none."""
+    while error is not None and type(error).__name__ not in _TIMEOUTS:
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def local_reason(error: OSError) -> str:
+    """What is wrong with this machine's files, and what to do."""
+    named = error.filename2 or error.filename
+    where = os.fsdecode(named) if isinstance(named, str | bytes) else f"HF_HOME ({constants.HF_HOME})"
+    said = f"{where}: {os_reason(error)}"
+    if error.errno in _DISK:
+        return f"{said}: free some space, or set HF_HOME to a folder on another disk"
+    if error.errno in _RIGHTS:
+        return f"{said}: get the right to write there, or set HF_HOME to a folder of yours"
+    if error.errno in _PATHS:
+        blocker = next((p for p in (Path(where), *Path(where).parents) if p.exists()), None)
+        if blocker and blocker != Path(where) and not blocker.is_dir():
+            said = f"{blocker} is a file, so nothing can be put below it"
+        return f"{said}: set HF_HOME to a folder"
+    return f"{said}: the trouble is this machine's, not the Hub's"
 
 
 def hub_status(error: BaseException) -> int | None:
@@ -20,7 +103,22 @@ def hub_status(error: BaseException) -> int | None:
 
 def hub_reason(error: Exception) -> str:
     """What happened, without addresses: those of uploads are signed."""
+    if isinstance(error, HubError):
+        return str(error)
     if isinstance(error, HfHubHTTPError):
         said = f" ({' '.join(error.server_message.split())})" if error.server_message else ""
         return f"the Hub answered {hub_status(error)}{said}"
+    if type(error).__name__ in _TIMEOUTS:
+        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        return f"no answer from {constants.ENDPOINT} within HF_HUB_DOWNLOAD_TIMEOUT, {seconds} s"
     return f"no answer from {constants.ENDPOINT} ({type(error).__name__})"
+
+
+def transfer_reason(error: Exception) -> str:
+    """Why a transfer failed and what to do, by its cause."""
+    local = local_cause(error)
+    if local is not None:
+        return local_reason(local)
+    if isinstance(error, HfHubHTTPError) or type(error).__name__ in _TIMEOUTS:
+        return f"{hub_reason(error)}: try again later"
+    return f"{hub_reason(error)}: check the connection, or try again later"

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -11,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_path", "cache_dir", "cached_sha256", "sha256"]
+__all__ = ["as_text", "atomic_path", "cache_dir", "cached_sha256", "private_dir", "sha256"]
 
 
 def cache_dir() -> Path:
@@ -22,11 +23,12 @@ def cache_dir() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer-timm"
     except RuntimeError:
-        return _private_folder()
+        return private_dir()
 
 
 @functools.cache
-def _private_folder() -> Path:
+def private_dir() -> Path:
+    """A new folder of this process's own, gone when it ends."""
     # Never a name that somebody else could have put there before: what lies in it is run.
     folder = tempfile.mkdtemp(prefix="convmixer-timm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -37,7 +39,7 @@ def _private_folder() -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to, which becomes `path` when the block ends well and vanishes when it fails.
 
-    It may become a file or a folder; a folder that exists is replaced as a whole.
+    It may become a file or a folder; a folder that exists is replaced as a whole, by a folder only.
     Several processes may do so at once: each writes its own file and the last rename wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +47,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = Path(folder) / path.name
         yield temporary
         if path.is_dir():
+            if not temporary.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "is a folder: name a file to write", str(path))
             os.replace(path, Path(folder) / ".old")
         os.replace(temporary, path)
+
+
+def as_text(name: str) -> str:
+    """A file's name as text that UTF-8 can hold, whatever the locale: bytes that Python couldn't decode are escaped."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def cached_sha256(path: Path) -> str | None:

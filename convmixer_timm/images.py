@@ -1,75 +1,237 @@
-"""Image files, found and read: one reader for everything that looks at pictures."""
+"""Images, found and read: one reader for everything that looks at pictures, training by timm's scripts included."""
 
+import functools
 import glob
+import os
+import stat
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.img_extensions import add_img_extensions, get_img_extensions
 
-__all__ = ["find_images", "image_loader", "load_image"]
+from .errors import os_reason
+
+__all__ = ["ImageError", "find_images", "image_loader", "known_extensions", "load_image"]
+
+# What Pillow opens but this package doesn't: EPS runs Ghostscript, the others need Windows or a handler of one's own.
+_NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+# Longer side by shorter. A model's transform brings the shorter side to the model's size, whatever becomes of the
+# longer one: a 1 x 300,000 PNG of a kilobyte would take gigabytes.
+_MAX_RATIO = 100
+
+# Of metadata that nobody asked for. `warnings.catch_warnings` around each image would not be safe from threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def find_images(patterns: Iterable[str]) -> list[Path]:
-    """Image files named by files, folders (searched through) and globs, in the order given.
+class ImageError(OSError):
+    """An image that can't be read: which, and why, in one line."""
 
-    A name that matches nothing stays in the list: loading it tells what is wrong.
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.ID if name not in _NOT_READ]
+
+
+def known_extensions() -> set[str]:
+    """The names' endings that tell an image: all that `load_image` reads, which timm's readers take for images too."""
+    formats = set(_formats())
+    add_img_extensions(sorted(ext for ext, name in Image.registered_extensions().items() if name in formats))
+    return get_img_extensions(as_set=True)
+
+
+def find_images(patterns: Iterable[str | Path]) -> list[Path]:
+    """Image files named by files, folders (searched through, links too) and globs, in the order given.
+
+    A name that matches nothing stays in the list, as does a folder without images or that can't be listed: loading it
+    tells what is wrong.
     """
-    extensions = get_img_extensions(as_set=True)
     found: dict[Path, None] = {}  # a set that keeps the order
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions and p.is_file())
-        elif path.exists():
-            paths = [path]
-        else:
-            paths = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file()) or [path]
-        found.update(dict.fromkeys(paths))
+        paths = [Path(pattern)]
+        if not os.path.lexists(pattern):
+            paths = sorted(map(Path, glob.glob(str(pattern), recursive=True))) or paths
+        for path in paths:
+            found.update(dict.fromkeys(_search(path) if path.is_dir() else [path]))
     return list(found)
 
 
-def load_image(path: Path, channels: int = 3) -> Image.Image:
+def _search(folder: Path) -> list[Path]:
+    extensions = known_extensions()
+    found: list[Path] = []
+    seen = set()
+
+    def unlisted(error: OSError) -> None:
+        found.append(Path(error.filename))
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=unlisted):
+        seen.add(os.path.realpath(root))
+        # A link to a folder above it would never end.
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
+        found.extend(Path(root, name) for name in files if os.path.splitext(name)[1].lower() in extensions)
+    return sorted(found) or [folder]
+
+
+def load_image(source: Any, channels: int = 3) -> Image.Image:
     """Reads an image of any mode the way a person sees it.
 
-    Rotation in the EXIF data is applied, 16-bit values are scaled to 8 bits (Pillow alone cuts them off), and
-    every mode becomes RGB, or greyscale for a one-channel model.
+    Rotation in the EXIF data is applied, deeper values are scaled to 8 bits by the range that the file states, else
+    by the smallest usual one that holds them (0…1 and 0…255 of floats, 8, 16 and 32 bits of integers), and every mode
+    becomes RGB, or greyscale for a one-channel model.
+
+    Args:
+        source: A path, an open binary file, a PIL image, or an array of integers, booleans or floats, [H, W, 3] (or
+            [H, W] and [H, W, 1] for grey, [H, W, 4] with an alpha channel, which is left out).
+        channels: 3 or 1.
 
     Raises:
-        OSError: If there is no such file, or it is no image, damaged, or larger than Pillow's limit against
-            decompression bombs. The message is one line.
+        ImageError: If a file or PIL image can't be read: it isn't there, is no image, damaged, larger than Pillow's
+            limit against decompression bombs, or more than 100 times as long as it is wide. An OSError of one line.
+        ValueError: If an array has another shape or holds something else.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)  # which loads it
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = Image.MAX_IMAGE_PIXELS
-        raise OSError(f"too large, more than {limit:,} pixels are not read") from error
-    except FileNotFoundError as error:
-        raise OSError("no such file") from error
-    except Image.UnidentifiedImageError as error:
-        raise OSError("not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise on damaged files
-        raise OSError(f"damaged image ({error})") from error
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float32)
-        top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
-        image = Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
+    if isinstance(source, Image.Image):
+        image = _read(source, getattr(source, "filename", "") or "PIL image")
+    elif isinstance(source, str | os.PathLike) or hasattr(source, "read"):
+        image = _open(source)
+    else:
+        image = _from_array(source)
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def image_loader(model: nn.Module) -> Callable[[Path], torch.Tensor]:
-    """A function that reads an image file as `model` takes it in evaluation, [in_chans, H, W]; see `load_image`."""
+def _open(source: str | os.PathLike | BinaryIO) -> Image.Image:
+    file = source if not isinstance(source, str | os.PathLike) else None
+    name = str(getattr(file, "name", "image") if file else source)
+    try:
+        if file is None:
+            mode = os.stat(source).st_mode  # type: ignore[arg-type]
+            if stat.S_ISDIR(mode):
+                os.listdir(source)  # type: ignore[arg-type]  # raises, without the right to
+                raise ImageError(name, "no images found in this folder")
+            if not stat.S_ISREG(mode):  # a pipe would be waited for
+                raise ImageError(name, "not a regular file")
+        with Image.open(source, formats=_formats()) as image:  # type: ignore[arg-type]
+            return _read(image, name)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(name, _too_large()) from error
+    except Image.UnidentifiedImageError as error:
+        empty = file is None and os.stat(source).st_size == 0  # type: ignore[arg-type]
+        raise ImageError(name, "an empty file" if empty else "not an image that Pillow can read") from error
+    except Exception as error:  # each of Pillow's readers has its own for what is damaged
+        raise ImageError(name, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno:
+        return os_reason(error)
+    return f"damaged image ({' '.join(str(error).split()) or type(error).__name__})"
+
+
+def _too_large() -> str:
+    return f"too large, more than {Image.MAX_IMAGE_PIXELS:,} pixels are not read"
+
+
+def _check_size(width: int, height: int) -> None:
+    short, long = sorted((width, height))
+    if short < 1:
+        raise ValueError("no pixels")
+    if long > _MAX_RATIO * short:
+        raise ValueError(f"too narrow: {width:,} x {height:,} pixels, more than {_MAX_RATIO} to 1 is not read")
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(_too_large())
+
+
+def _read(image: Image.Image, name: str) -> Image.Image:
+    """The pixels of an opened image, upright, in 8 bits."""
+    try:
+        _check_size(*image.size)  # before anything is decoded
+    except ValueError as error:
+        raise ImageError(name, str(error)) from error
+    try:
+        image.load()
+        stated = _stated_range(image)
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # damaged EXIF data around a sound picture
+            image = image.copy()
+        if image.mode.startswith("I") or image.mode == "F":
+            image = Image.fromarray(_eight_bits(np.asarray(image), stated))
+        if image.mode in ("RGBa", "La"):  # alpha multiplied in already: Pillow goes no other way
+            image = image.convert(f"{image.mode[:-1]}A")
+        # What a transparent pixel hides shows too, as in every other reader.
+        return image.convert("RGBA") if "transparency" in image.info else image
+    except Exception as error:
+        raise ImageError(name, _reason(error)) from error
+
+
+def _stated_range(image: Image.Image) -> tuple[float, float] | None:
+    """Black and white of deep pixels as the file states them; None where it doesn't."""
+    tags: Any = getattr(image, "tag_v2", {})
+    bits = tags.get(258) or (16,)  # BitsPerSample
+    if image.mode.startswith("I;16"):
+        stated = (0.0, 2.0 ** bits[0] - 1)
+    elif image.mode == "I" and image.format in ("PNG", "PPM"):  # scaled to 16 bits by Pillow
+        stated = (0.0, 65535.0)
+    elif image.mode in ("I", "F") and 340 in tags and 341 in tags:  # SMinSampleValue, SMaxSampleValue
+        stated = (float(np.min(tags[340])), float(np.max(tags[341])))
+    else:
+        return None
+    return (stated[1], stated[0]) if tags.get(262) == 0 else stated  # PhotometricInterpretation: white is zero
+
+
+def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None = None) -> np.ndarray:
+    """Numbers of any type and range as bytes."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"pixels must be numbers, got {values.dtype}")
+    if values.dtype == bool:
+        stated = (0.0, 1.0)
+    elif values.dtype == np.uint16 and stated is None:
+        stated = (0.0, 65535.0)
+    numbers = values.astype(np.float32)
+    finite = np.isfinite(numbers)
+    if not finite.any():
+        raise ValueError("no finite pixels")
+    if stated is None or not np.isfinite(stated).all() or stated[0] == stated[1]:
+        # Floats may reach beyond their range a little, as resampling does.
+        tops, slack = ((1, 255, 65535), 1.5) if values.dtype.kind == "f" else ((255, 65535, 2**31 - 1, 2**32 - 1), 1)
+        least, most = float(numbers.min(where=finite, initial=0)), float(numbers.max(where=finite, initial=0))
+        top = next((top for top in tops if max(-least, most) <= top * slack), max(-least, most))
+        stated = (-top if least < -top / 2 else 0.0, top)
+    black, white = stated
+    numbers = np.nan_to_num(numbers, nan=black, posinf=max(stated), neginf=min(stated))
+    scaled = (numbers - black) * (255 / (white - black))
+    return scaled.round().clip(0, 255).astype(np.uint8)
+
+
+def _from_array(source: Any) -> Image.Image:
+    values = np.asarray(source)
+    if values.ndim not in (2, 3) or values.shape[2:] not in ((), (1,), (3,), (4,)):
+        got = f"{list(values.shape)}" if values.ndim else f"a {type(source).__name__}"
+        raise ValueError(f"an image is a path, a PIL image or an array [H, W, 3], got {got}")
+    _check_size(values.shape[1], values.shape[0])
+    values = _eight_bits(values)
+    return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
+
+
+def image_loader(model: nn.Module, size: tuple[int, ...] | None = None) -> Callable[[Any], torch.Tensor]:
+    """A function that reads an image as `model` takes it in evaluation, [in_chans, H, W]; see `load_image`.
+
+    Of another `size` (in_chans, H, W) where it is given.
+    """
     config = resolve_model_data_config(model)
+    config["input_size"] = size or config["input_size"]
     transform: Any = create_transform(**config, is_training=False)
-    return lambda path: transform(load_image(path, channels=config["input_size"][0]))
+    return lambda source: transform(load_image(source, channels=config["input_size"][0]))

@@ -1,7 +1,8 @@
 """Pictures of a model and of its training, with matplotlib (``pip install 'convmixer-timm[plot]'``)."""
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from timm.data import resolve_model_data_config
 
 from .convmixer import ConvMixer
 from .files import atomic_path
-from .images import image_loader
+from .images import ImageError, image_loader
 
 try:
     from matplotlib.figure import Figure
@@ -22,7 +23,12 @@ __all__ = ["draw", "draw_curve", "draw_depthwise_kernels", "draw_heat_map", "dra
 
 
 def draw(
-    model: Any, names: list[str], folder: Path, layers: list[int] | None = None, images: Iterable[Path] = ()
+    model: Any,
+    names: list[str],
+    folder: Path,
+    layers: list[int] | None = None,
+    images: Iterable[Path] = (),
+    on_error: Callable[[ImageError], None] | None = None,
 ) -> Iterator[str]:
     """Draws a model's filters and kernels, and a heat map for each image, as PNG files in a folder.
 
@@ -31,12 +37,16 @@ def draw(
         names: Of its classes.
         folder: Made where it isn't there.
         layers: As for `draw_depthwise_kernels`.
-        images: Image files.
+        images: Image files. A heat map has its image's name; of images with the same name in different folders, the
+            folder's too.
+        on_error: Called with the error of each image that can't be read, which is then left out; without it the error
+            is raised.
 
     Yields:
         A line for each file written.
 
     Raises:
+        ImageError: See `on_error`.
         ValueError: If `model` is no ConvMixer or has no such layer.
     """
     if not isinstance(model, ConvMixer):
@@ -46,10 +56,30 @@ def draw(
     draw_depthwise_kernels(model, folder / "depthwise_kernels.png", layers)
     yield str(folder / "depthwise_kernels.png")
     load = image_loader(model)
-    for path in images:
-        target = folder / f"heat_map_{path.stem}.png"
-        said = draw_heat_map(model, load(path), names, target)
-        yield f"{target}  {said}"
+    images = list(images)
+    for path, name in zip(images, _distinct_names(images), strict=True):
+        target = folder / f"heat_map_{name}.png"
+        try:
+            image = load(path)
+        except ImageError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
+        yield f"{target}  {draw_heat_map(model, image, names, target)}"
+
+
+def _distinct_names(paths: list[Path]) -> list[str]:
+    """The files' names without endings, with as much before them as tells them apart."""
+    stems = Counter(path.stem for path in paths)
+    names: list[str] = []
+    for path in paths:
+        name = base = path.stem if stems[path.stem] == 1 else f"{path.absolute().parent.name}_{path.stem}"
+        number = 2
+        while name in names:
+            name, number = f"{base}_{number}", number + 1
+        names.append(name)
+    return names
 
 
 def draw_curve(summary: Path, target: Path) -> None:
@@ -62,7 +92,7 @@ def draw_curve(summary: Path, target: Path) -> None:
     Raises:
         ValueError: If the file has no finished epoch.
     """
-    with summary.open() as file:
+    with summary.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or "epoch" not in rows[0]:
         raise ValueError(f"{summary} has no finished epoch")
@@ -142,6 +172,8 @@ def draw_heat_map(model: Any, image: torch.Tensor, names: list[str], target: Pat
     with torch.enable_grad():
         features = model.forward_features(image[None])
         logits = model.forward_head(features)[0]
+        if logits.shape != (len(names),):
+            raise ValueError(f"no classifier: the model gives {list(logits.shape)} an image, for {len(names)} classes")
         label = int(logits.argmax())
         (gradient,) = torch.autograd.grad(logits[label], features)
     weights = gradient.mean((2, 3), keepdim=True)

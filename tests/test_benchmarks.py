@@ -1,6 +1,7 @@
 """The benchmarks run and draw; what they measure is theirs."""
 
 import csv
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,31 @@ def test_committed_results_are_drawn(tmp_path):
     for path in tmp_path.iterdir():
         assert Image.open(path).convert("L").getextrema()[0] < 100
     assert (BENCHMARKS / "results/inference.csv").read_bytes() == before
+
+
+def test_train_step_times_training_and_evaluation(tmp_path):
+    path = tmp_path / "steps.csv"
+    options = ["--model", "convmixer_128_4", "--batch-size", "2", "--repeats", "1", "--precision", "fp32"]
+    avx2 = ["--march", "haswell"] if platform.machine() == "x86_64" else ["--march", "native"]
+    for extra in ([], ["--evaluate"], avx2):
+        command = [sys.executable, BENCHMARKS / "train_step.py", *options, "--settings", "timm", "ours", *extra]
+        subprocess.run([*command, "--csv", path], check=True, capture_output=True)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["loop"] for row in rows[::2]] == ["training", "evaluation", "training"]
+    assert [row["code"] for row in rows[::2]] == ["native", "native", avx2[1]]
+    assert all(float(row["images_per_s"]) > 0 for row in rows)
+
+
+def test_near_duplicates_are_found_at_any_size(tmp_path):
+    (tmp_path / "few").mkdir(), (tmp_path / "many").mkdir()
+    images = sorted(file for file in (Path(__file__).parent / "images").rglob("*") if file.is_file())[:4]
+    for i, file in enumerate(images):
+        with Image.open(file) as image:
+            image.convert("RGB").save(tmp_path / "many" / f"{i}.png")
+    with Image.open(images[2]) as image:
+        image.convert("RGB").resize((100, 80)).save(tmp_path / "few" / "again.jpg")
+    command = [sys.executable, BENCHMARKS / "near_duplicates.py", tmp_path / "few", tmp_path / "many"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "again.jpg" in out.splitlines()[0] and out.splitlines()[0].endswith("2.png")
+    assert out.splitlines()[-1].startswith("above 0.9: 1 images")

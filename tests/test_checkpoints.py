@@ -1,6 +1,8 @@
 """Checkpoints of other implementations. Each source model is built here from its definition."""
 
 import pickle
+import sys
+import types
 from argparse import Namespace
 from pathlib import Path
 
@@ -224,3 +226,74 @@ def test_convert_names_what_is_wrong(content, target, message, tmp_path, capsys)
     assert message in err
     assert err.count("\n") == 1
     assert (tmp_path / target).read_text() == "old"
+
+
+PREFIXES = ["", "module.", "model.", "net.", "model._orig_mod.", "_orig_mod.module.", "1."]
+WRAPPERS = [(), ("net",), ("state_dict",), ("model_state_dict",), ("model", "state_dict"), ("state_dict_ema",)]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("wrappers", WRAPPERS)
+def test_what_trainers_wrap_around_the_weights(prefix, wrappers, source, tmp_path):
+    content = {f"{prefix}{key}": value for key, value in source.state_dict().items()}
+    if prefix:
+        content["criterion.weight"] = torch.ones(3)  # of a Lightning module, say
+    for wrapper in reversed(wrappers):
+        content = {wrapper: content, "epoch": 3, "acc": 93.5, "optimizer_state_dict": {"state": {0: torch.ones(2)}}}
+    torch.save(content, tmp_path / "x.pth")
+    assert_same_output(checkpoint_filter_fn(read_checkpoint(tmp_path / "x.pth"), our_model()), source)
+
+
+def test_averaged_weights_are_preferred(source):
+    averaged = {key: value * 2 for key, value in source.state_dict().items()}
+    found, _ = to_timm_layout({"state_dict": source.state_dict(), "ema_state_dict": averaged})
+    expected, _ = to_timm_layout(averaged)
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def test_refused_pickles_say_what_to_do(tmp_path, monkeypatch, capsys):
+    buffer = type("HistoryBuffer", (), {"__module__": "mmengine.logging.history_buffer"})
+    for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["mmengine.logging.history_buffer"].HistoryBuffer = buffer
+    torch.save({"state_dict": our_model().state_dict(), "message_hub": buffer()}, tmp_path / "mm.pth")
+    torch.save(our_model(), tmp_path / "whole.pth")
+    for file, asked in (
+        ("mm.pth", "mmengine.logging.history_buffer.HistoryBuffer"),
+        ("whole.pth", "convmixer_timm.convmixer.ConvMixer"),
+    ):
+        assert main(["convert", str(tmp_path / file), str(tmp_path / "out.safetensors")]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f"convmixer-timm: error: {tmp_path / file} can't be read as weights: it is a pickle that")
+        assert f"asks for {asked}, and code in a file is never run here" in err
+        assert err.endswith("torch.save(c.state_dict(), NEW) if c is a whole model\n")
+        assert "\x1b" not in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([1, 2], "holds a list, no tensors by name"),
+        (torch.ones(3), "holds a Tensor, no tensors by name"),
+        ({"a": 1}, "found a, "),
+        ({1: 2}, "found 1, "),
+        ({"state_dict": {}}, "found state_dict, "),
+        ({"stem.0.weight": 1, "blocks.0.0.fn.0.weight": 2}, "more than tensors by name"),
+        ({"stem.0.weight": torch.ones(()), "blocks.0.0.fn.0.weight": torch.ones(1)}, "have another form"),
+        ({"3.0.fn.0.weight": torch.ones(1), "x": torch.ones(1)}, "x is no key of the authors' layout"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said(content, message, tmp_path, capsys):
+    torch.save(content, tmp_path / "x.pth")
+    assert main(["convert", str(tmp_path / "x.pth"), str(tmp_path / "out.safetensors")]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_a_folder_in_the_way_stays(source, tmp_path, capsys):
+    save_file(source.state_dict(), tmp_path / "in.safetensors")
+    (tmp_path / "out.safetensors").mkdir()
+    (tmp_path / "out.safetensors/mine").write_text("kept")
+    assert main(["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]) == 1
+    assert f"{tmp_path}/out.safetensors: is a folder" in capsys.readouterr().err
+    assert (tmp_path / "out.safetensors/mine").read_text() == "kept"

@@ -271,7 +271,7 @@ def test_drop_rate_and_drop_path():
     model.train()
     assert not torch.equal(model(x), model(x))
     branch = model.blocks[2][0]
-    kept = torch.stack([(branch(x_ := torch.zeros(64, 32, 4, 4)) - x_).abs().amax((1, 2, 3)) > 0 for _ in range(20)])
+    kept = torch.stack([(branch(x_ := torch.randn(64, 32, 4, 4)) - x_).abs().amax((1, 2, 3)) > 0 for _ in range(20)])
     assert 0.3 < kept.float().mean() < 0.5  # 1 - 0.6
 
 
@@ -303,7 +303,8 @@ def test_hooks_see_what_they_see_in_timms_model(where, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         theirs(x), ours(x)
     assert len(seen) == 2
-    torch.testing.assert_close(seen[0], seen[1], atol=0.05 if autocast else 1e-6, rtol=0.02 if autocast else 0)
+    tolerance = 0.02 if autocast else 1e-6
+    assert (seen[0] - seen[1]).abs().max() <= tolerance * seen[0].abs().max()
 
 
 def test_torch_func_transforms():

@@ -11,8 +11,10 @@ from PIL import Image
 from convmixer_timm.cli import main
 from convmixer_timm.plots import draw_curve, draw_depthwise_kernels, draw_heat_map, draw_patch_filters
 
+from .conftest import IMAGES
+
 NAME = "convmixer_128_4.e10_cifar10"
-SHIP = str(Path(__file__).parent / "images/ship/0000.jpg")
+SHIP = str(IMAGES / "ship/0000.jpg")
 
 
 def spread(path):
@@ -96,3 +98,28 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "convmixer-timm: error: pictures need matplotlib: pip install 'convmixer-timm[plot]'\n"
     )
+
+
+def test_images_of_the_same_name_and_damaged_ones(tmp_path, capsys):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    images = [IMAGES / "bird/0000.jpg", tmp_path / "bad.jpg", IMAGES / "frog/0000.jpg", IMAGES / "frog/0001.jpg"]
+    out = tmp_path / "plots"
+    assert main(["plot", NAME, "--image", *map(str, images), "-o", str(out)]) == 1
+    said = capsys.readouterr()
+    written = {"heat_map_bird_0000.png", "heat_map_frog_0000.png", "heat_map_0001.png"}
+    assert {path.name for path in out.iterdir()} == written | {"patch_filters.png", "depthwise_kernels.png"}
+    assert [Path(line.split("  ")[0]).name for line in said.out.splitlines()[2:]] == [
+        "heat_map_bird_0000.png",
+        "heat_map_frog_0000.png",
+        "heat_map_0001.png",
+    ]
+    assert said.err == f"error: {images[1]}: not an image that Pillow can read\n"
+
+
+def test_names_of_heat_maps_are_distinct():
+    from convmixer_timm.plots import _distinct_names
+
+    paths = [Path(p) for p in ("a/x.jpg", "b/x.jpg", "c/a/x.jpg", "y.jpg", "a/a_x.png", "a/x.png")]
+    names = _distinct_names(paths)
+    assert names[:4] == ["a_x", "b_x", "a_x_2", "y"]
+    assert len(set(names)) == len(paths)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import timm
 
-from ..files import atomic_path
+from ..files import as_text, atomic_path
 from .cards import adopt_card, make_card, rename_in_card
 from .sources import Source
 
@@ -43,7 +43,7 @@ def pack(source: Source, target: Path, load_name: str | None = None) -> None:
         card = make_card(source.model, target.name, load_name, source.training, source.evaluation, pictures)
         if source.card:
             card = adopt_card(rename_in_card(source.card, load_name), card)
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(as_text(card), encoding="utf-8")
 
 
 def _save(source: Source, folder: Path) -> None:
@@ -70,9 +70,9 @@ def _save(source: Source, folder: Path) -> None:
 
 def _mend_config(file: Path) -> None:
     """Newer timm writes the number of classes twice, and transformers gives it to the model twice then."""
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("model_args", {}).pop("num_classes", None) is not None:
-        file.write_text(json.dumps(config, indent=2))
+        file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _draw(source: Source, folder: Path) -> dict[str, str]:

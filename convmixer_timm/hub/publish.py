@@ -16,12 +16,13 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
-from ..errors import NETWORK, HubError, hub_reason, hub_status
+from ..errors import NETWORK, HubError, HubTimeout, hub_reason, hub_status, local_cause, local_reason
 from ..files import sha256
 from ..version import version
 from .cards import merge_cards
 from .packing import pack
 from .sources import read_source
+from .waiting import limit_waiting
 
 __all__ = ["Publication", "publish"]
 
@@ -93,7 +94,7 @@ def publish(
         create_pr: Open a pull request instead of writing to the branch.
         tag: Name for the commit.
         dry_run: Only pack and compare; nothing is sent or asked.
-        timeout: Seconds to wait for each of the Hub's answers.
+        timeout: Seconds to wait for each of the Hub's answers; one that doesn't come by then ends it.
 
     Raises:
         FileNotFoundError: If there is no such source.
@@ -117,7 +118,7 @@ def publish(
             raise HubError("HF_HUB_OFFLINE is set: unset it to publish")
         if get_token() is None:
             raise HubError("no Hugging Face token: run `hf auth login` with one that may write, or set HF_TOKEN")
-        _limit_waiting(timeout)
+        limit_waiting(timeout)
         api = HfApi(library_name="convmixer-timm", library_version=version())
         return _send(api, folder, repo_id, private, revision, create_pr, tag)
 
@@ -134,24 +135,7 @@ def _compare(model: Any, folder: Path) -> None:
 
 def _publication(folder: Path, **kwargs) -> Publication:
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return Publication(files, (folder / "README.md").read_text(), **kwargs)
-
-
-def _limit_waiting(seconds: float) -> None:
-    """huggingface_hub waits for ever for most answers; its client is told for how long instead."""
-    if hasattr(utils, "configure_http_backend"):  # before 1.0, on requests
-        from functools import partial
-
-        import requests
-
-        def session():
-            session = requests.Session()
-            session.request = partial(session.request, timeout=seconds)  # type: ignore[method-assign]
-            return session
-
-        utils.configure_http_backend(session)
-    else:
-        utils.get_session().timeout = seconds  # type: ignore[attr-defined]
+    return Publication(files, (folder / "README.md").read_text(encoding="utf-8"), **kwargs)
 
 
 def _send(
@@ -162,6 +146,8 @@ def _send(
             try:
                 return step()
             except Exception as raised:
+                if (local := local_cause(raised)) is not None:
+                    raise HubError(f"{local_reason(local)}. {repo_id} has no new commit.") from raised
                 error = _cause(raised)
                 if error is None:
                     raise
@@ -180,7 +166,7 @@ def _send(
     card = folder / "README.md"
     old = attempt(lambda: _old_card(repo_id, head))
     if old is not None:
-        card.write_text(merge_cards(card.read_text(), old))
+        card.write_text(merge_cards(card.read_text(encoding="utf-8"), old), encoding="utf-8")
     tagged = None
     if tag:
         refs = attempt(lambda: api.list_repo_refs(repo_id))
@@ -226,7 +212,9 @@ def _holds(api: HfApi, repo_id: str, commit: str, folder: Path) -> bool:
 def _old_card(repo_id: str, commit: str) -> str | None:
     with tempfile.TemporaryDirectory() as cache:
         try:
-            return Path(hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache)).read_text()
+            return Path(hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache)).read_text(
+                encoding="utf-8"
+            )
         except LocalEntryNotFoundError as error:  # the Hub didn't answer, and this cache is empty
             raise ConnectionError(str(error).splitlines()[0]) from error
         except EntryNotFoundError:
@@ -244,7 +232,7 @@ def _cause(error: Exception) -> Exception | None:
 def _passes_by_itself(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return hub_status(error) in _TRANSIENT
-    return not isinstance(error, FileNotFoundError)
+    return not isinstance(error, HubTimeout)
 
 
 def _advice(error: Exception, repo_id: str, state: str) -> str:
@@ -258,5 +246,7 @@ def _advice(error: Exception, repo_id: str, state: str) -> str:
         412: "someone else changed the repository meanwhile: publish again",
         413: f"too much for the storage of {owner}: free some, or publish elsewhere",
         429: "too many requests: wait some minutes and publish again",
-    }.get(hub_status(error) or 0, "publish again later")
+    }.get(
+        hub_status(error) or 0, "publish again later" + ", or with a longer --timeout" * isinstance(error, HubTimeout)
+    )
     return f"{hub_reason(error)}: {what}. {state}."

@@ -12,7 +12,8 @@ import yaml
 
 from ..checkpoints import Shape, StateDict, checkpoint_filter_fn, read_checkpoint, to_timm_layout
 from ..convmixer import CIFAR10_LABELS, ConvMixer
-from ..inference.loading import load_folder
+from ..files import as_text
+from ..inference.loading import check_labels, load_folder
 from ..training.record import FILE, Model, Record, describe_model
 from .cards import Evaluation, Training
 
@@ -102,7 +103,7 @@ def _read_folder(folder: Path, labels: list[str] | None) -> Source:
     return Source(
         model,
         files={name: path.read_bytes() for name, path in taken.items()},
-        card=card.read_text() if card else "",
+        card=card.read_text(encoding="utf-8") if card else "",
         left_out=tuple(sorted(files.keys() - taken.keys() - {"README.md"})),
     )
 
@@ -217,15 +218,15 @@ def _model(file: Path, name: str, args: dict[str, Any], state_dict: StateDict) -
 
 
 def _fitting(labels: list[str] | None, model: Any) -> list[str] | None:
-    if labels and len(labels) != model.num_classes:
-        raise ValueError(f"the model has {model.num_classes} classes, and the labels are {len(labels)}")
-    return list(labels) if labels else None
+    if labels is not None:
+        check_labels(labels, model.num_classes)
+    return labels
 
 
 def _arguments(file: Path) -> dict[str, Any]:
     """Arguments of a run without a record."""
     try:
-        args = yaml.safe_load(file.read_text())
+        args = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no YAML: {error}") from error
     if not isinstance(args, dict) or not isinstance(args.get("model"), str):
@@ -245,7 +246,7 @@ def _described(file: Path, args: dict[str, Any]) -> Model:
 
 
 def _summary(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as lines:
+    with file.open(newline="", encoding="utf-8") as lines:
         rows = [row for row in csv.DictReader(lines) if (row.get("epoch") or "").isdigit()]
     if not rows:
         raise ValueError(f"{file} has no finished epoch")
@@ -254,7 +255,7 @@ def _summary(file: Path) -> list[dict[str, str]]:
 
 def _portable(args: dict[str, Any]) -> dict[str, Any]:
     """A run's arguments without the folders of the machine that it ran on, and as for a run from the start."""
-    return {k: Path(v).name if k in _PATHS and v else v for k, v in args.items()} | {"resume": ""}
+    return {k: as_text(Path(v).name) if k in _PATHS and v else v for k, v in args.items()} | {"resume": ""}
 
 
 def _data(record: Record | None, args: dict[str, Any], split: str) -> str:

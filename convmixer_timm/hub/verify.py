@@ -12,6 +12,7 @@ from ..checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..convmixer import WEIGHTS_DIR
 from ..files import cached_sha256, sha256
 from ..images import image_loader
+from ..inference.loading import load_folder
 
 __all__ = ["checkpoint_file", "record", "verifiable", "verify", "verify_all"]
 
@@ -51,8 +52,8 @@ def _cached_from_hub() -> dict[str, Path]:
 
 def _read_json(file: Path) -> dict:
     try:
-        content = json.loads(file.read_text())
-    except ValueError:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -64,7 +65,7 @@ def verifiable() -> dict[str, Path]:
 
 
 def _manifest() -> dict[str, dict]:
-    return json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
+    return json.loads(MANIFEST.read_text(encoding="utf-8")) if MANIFEST.exists() else {}
 
 
 def _logits(model) -> list[list[float]]:
@@ -95,7 +96,7 @@ def verify(name: str, files: dict[str, Path] | None = None) -> None:
     found = sha256(file)
     if found != expected:
         raise ValueError(f"{file} has SHA-256 {found}, not {expected}: it is damaged or another file")
-    model = timm.create_model(f"local-dir:{file.parent}" if name.startswith("hf-hub:") else name)
+    model = load_folder(file.parent) if name.startswith("hf-hub:") else timm.create_model(name)
     state_dict = checkpoint_filter_fn(read_checkpoint(file), model)
     try:
         model.load_state_dict(state_dict)
@@ -117,7 +118,7 @@ def verify_all(names: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
         try:
             verify(name, files)
             yield name, ""
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             yield name, " ".join(str(error).split())
 
 
@@ -130,4 +131,4 @@ def record(names: Iterable[str]) -> None:
         model.load_state_dict(checkpoint_filter_fn(read_checkpoint(file), model))
         logits = [[round(v, 4) for v in row] for row in _logits(model)]
         manifest[name] = {"sha256": sha256(file), "logits": logits}
-    MANIFEST.write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")
+    MANIFEST.write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n", encoding="utf-8")

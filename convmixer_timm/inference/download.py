@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..errors import NETWORK, HubError, hub_reason
+from ..errors import NETWORK, HubError, local_cause, local_reason, timeout_cause, transfer_reason
 from ..files import cached_sha256, sha256
 
 __all__ = ["download"]
@@ -38,6 +38,11 @@ def download(model_id: str, config: bool = True) -> Path:
         try:
             return Path(hf_hub_download(repo_id, name, revision=revision or None))
         except LocalEntryNotFoundError as error:
+            if (local := local_cause(error)) is not None:
+                raise HubError(f"{model_id}: {local_reason(local)}") from error
+            if (late := timeout_cause(error)) is not None:
+                reason = f"{constants.ENDPOINT} didn't answer in time ({type(late).__name__}): try again later"
+                raise HubError(f"{model_id} is not in the cache, and {reason}") from error
             raise HubError(
                 f"{model_id} is not in the cache, and {constants.ENDPOINT} can't be reached: connect, or copy the "
                 "repository and use local-dir:FOLDER"
@@ -50,16 +55,17 @@ def download(model_id: str, config: bool = True) -> Path:
             raise HubError(
                 f"no repository {repo_id} on the Hub, or a private one: for those, log in by `hf auth login`"
             ) from error
-        except NETWORK as error:
-            raise HubError(f"{model_id}: {hub_reason(error)}: try again later") from error
+        except (*NETWORK, RuntimeError) as error:  # RuntimeError: the Rust library's, for whatever happened
+            raise HubError(f"{model_id}: {transfer_reason(error)}") from error
 
     if config:
         file = get("config.json")
         try:
-            architecture = json.loads(file.read_text())["architecture"]
-        except (ValueError, KeyError, TypeError) as error:
+            architecture = json.loads(file.read_text(encoding="utf-8"))["architecture"]
+            known = timm.is_model(architecture)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} doesn't describe a model to timm: it has no architecture") from error
-        if not timm.is_model(architecture):
+        if not known:
             raise ValueError(
                 f"{model_id} is a {architecture!r}, which is no architecture that timm or this package knows"
             )

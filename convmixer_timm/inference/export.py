@@ -1,7 +1,7 @@
 """A model written to one file for another program, with what it needs to know of its images."""
 
 import json
-import shutil
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_model_data_config
 
-from .loading import class_names
-from .optimize import TOLERANCES, calibration_batches, onnx_program, openvino_model, quiet, unavailable
+from .loading import check_labels, class_names
+from .optimize import TOLERANCES, calibration_batches, onnx_program, openvino_model, quantized, quiet, unavailable
 
 __all__ = ["FORMATS", "export"]
 
@@ -50,7 +50,8 @@ def export(
         The metadata.
 
     Raises:
-        ValueError: If format, precision or the file's suffix is none of those, or int8 has no calibration images.
+        ValueError: If format, precision or the file's suffix is none of those, the file is a folder, int8 has no
+            calibration images, or the labels don't fit.
         RuntimeError: If a needed package is missing, or the file's outputs differ from the model's by more than
             `convmixer_timm.inference.optimize.TOLERANCES`.
     """
@@ -61,6 +62,11 @@ def export(
         raise ValueError(f"{format} is written in {' or '.join(FORMATS[format])}, not in {precision!r}")
     if target.suffix != _SUFFIXES[format]:
         raise ValueError(f"a file of format {format} must end in {_SUFFIXES[format]}, got {target}")
+    if labels is not None:
+        check_labels(labels, model.num_classes)
+    parts = [target, target.with_suffix(".bin")] if format == "openvino" else [target]
+    if folders := [part for part in parts if part.is_dir()]:
+        raise ValueError(f"{folders[0]} is a folder: name a file to write")
     if format != "torch-export":
         reason = unavailable("onnxruntime" if format == "onnx" else "openvino")
         reason = reason or (unavailable("openvino", precision) if precision == "int8" else None)
@@ -76,7 +82,10 @@ def export(
     example = torch.randn(2, *config["input_size"], generator=torch.Generator().manual_seed(0))
     if not dynamic_batch:
         example = example[:1]
-    batches = list(calibration_batches(model, calibration)) if precision == "int8" else []
+    batches: list[torch.Tensor] = []
+    if precision == "int8":
+        size = tuple(config["input_size"])
+        batches = list(calibration_batches(model, calibration, size, None if dynamic_batch else 1))
     network = model.eval()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary, quiet():
@@ -86,7 +95,7 @@ def export(
         sample = batches[0][: len(example)] if batches else example  # real images: int8 is made for no others
         _compare(network, run(file, sample), sample, precision)
         for part in sorted(Path(temporary).iterdir(), reverse=True):  # OpenVINO's .xml last: it names the .bin
-            shutil.move(part, target.with_suffix(part.suffix))
+            os.replace(part, target.with_suffix(part.suffix))
     return metadata
 
 
@@ -105,11 +114,8 @@ def _onnx(model, example, file, precision, dynamic, batches, metadata):
 
     network = onnx_program(model, example, fixed=not dynamic)
     if precision == "int8":
-        import nncf
-
         name = network.graph.input[0].name
-        data = nncf.Dataset([{name: batch.numpy()} for batch in batches])
-        network = nncf.quantize(network, data, subset_size=len(batches))
+        network = quantized(network, [{name: batch.numpy()} for batch in batches])
     onnx.helper.set_model_props(network, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.checker.check_model(network)
     onnx.save(network, file)

@@ -1,17 +1,22 @@
 """A pretrained model by its name, and what its classes are called."""
 
+import json
+import math
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
+from timm.data import create_transform, resolve_model_data_config
 
-from ..checkpoints import checkpoint_filter_fn, read_checkpoint
+from ..checkpoints import Shape, checkpoint_filter_fn, read_checkpoint, to_timm_layout
 from ..convmixer import ConvMixer
 from .download import download
 
-__all__ = ["class_names", "load_folder", "load_model", "usable_device"]
+__all__ = ["check_labels", "class_names", "load_folder", "load_model", "read_labels", "usable_device"]
 
 
 def usable_device(name: str | None = None) -> torch.device:
@@ -49,13 +54,18 @@ def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
     if scheme == "local-dir":
         return load_folder(Path(location).expanduser()).eval().to(device)
     if scheme in ("hf-hub", "hf_hub"):
-        download(location)
+        weights = download(location)
+        check_description(weights.with_name("config.json"), read_checkpoint(weights))
     elif cfg and cfg.hf_hub_id and not cfg.file:
         download(str(cfg.hf_hub_id), config=False)
     try:
-        return timm.create_model(name, pretrained=True).eval().to(device)
-    except RuntimeError as error:  # PyTorch's, for tensors of other names or sizes
-        raise ValueError(f"{name}: its weights don't fit its description: {error}") from error
+        model = timm.create_model(name, pretrained=True)
+    except OSError:
+        raise
+    except Exception as error:  # PyTorch's, for tensors of other names or sizes, and the architecture's own
+        raise ValueError(f"{name}: its weights don't fit its description: {error or type(error).__name__}") from error
+    check_preprocessing(model, name)
+    return model.eval().to(device)
 
 
 def load_folder(folder: Path) -> nn.Module:
@@ -70,31 +80,69 @@ def load_folder(folder: Path) -> nn.Module:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}")
-    try:
-        model = timm.create_model(f"local-dir:{folder}")
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # timm's own, for each slip another
-        raise ValueError(f"{folder}: config.json doesn't describe a model to timm: {error}") from error
     state_dict = read_checkpoint(folder / "model.safetensors")
+    check_description(folder / "config.json", state_dict)
+    try:
+        model: Any = timm.create_model(f"local-dir:{folder}")
+    except Exception as error:  # timm and the architecture's code each have their own
+        raise ValueError(f"{folder}/config.json doesn't describe a model: {error or type(error).__name__}") from error
     if isinstance(model, ConvMixer):
         state_dict = checkpoint_filter_fn(state_dict, model)
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:  # PyTorch's, for tensors of other names or sizes
         raise ValueError(f"{folder}: model.safetensors doesn't fit config.json: {error}") from error
+    check_preprocessing(model, f"{folder}/config.json")
     return model
+
+
+def check_description(config: Path, state_dict: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError if ``config.json`` is none, or describes another size of ConvMixer than these weights have.
+
+    Before a model is made by it: a damaged number may ask for more memory than there is.
+    """
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        architecture, args = content["architecture"], content.get("model_args") or {}
+        classes = content.get("num_classes", 0)
+        known = timm.is_model(architecture)
+        sizes = {**args, "num_classes": args.get("num_classes", classes)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{config} doesn't describe a model to timm: it has no architecture") from error
+    if not known:
+        raise ValueError(f"{config} is of {architecture!r}, which is no architecture that timm or this package knows")
+    if not architecture.startswith("convmixer"):
+        return
+    weights = asdict(Shape.of(to_timm_layout(state_dict)[0]))
+    for name, value in sizes.items():
+        if isinstance(value, int) and name in weights and value not in (weights[name], 0):
+            raise ValueError(f"{config} says {name} {value}, and the weights have {weights[name]}")
+
+
+def check_preprocessing(model: nn.Module, source: str) -> None:
+    """Raises ValueError if `source` says of a model's images what no transform can be made from."""
+    try:
+        config = resolve_model_data_config(model)
+        channels, height, width = config["input_size"]
+        sound = (
+            all(isinstance(n, int) and 0 < n <= 4096 for n in (channels, height, width))
+            and 0.05 <= config["crop_pct"] <= 10
+            and all(len(config[key]) == channels and all(map(math.isfinite, config[key])) for key in ("mean", "std"))
+            and 0 not in config["std"]
+        )
+        create_transform(**config, is_training=False)
+    except Exception as error:  # timm's, for values of other types
+        raise ValueError(f"{source}: no preprocessing of images can be made from what it says: {error}") from error
+    if not sound:
+        said = ", ".join(f"{key} {config[key]}" for key in ("input_size", "crop_pct", "mean", "std"))
+        raise ValueError(f"{source}: no preprocessing of images can be made from {said}")
 
 
 def class_names(model: Any) -> list[str]:
     """The model's classes: from its pretrained config, else ImageNet's of weights whose tag says so, else numbers."""
     names = model.pretrained_cfg.get("label_names")
-    if names and len(names) == model.num_classes:
-        return list(names)
+    if isinstance(names, list | tuple) and len(names) == model.num_classes:
+        return list(map(str, names))
     subset = timm.data.infer_imagenet_subset(model)
     # A thousand classes alone may be anybody's.
     trained_on = str(model.pretrained_cfg.get("tag") or "").rpartition("_")[2]
@@ -102,3 +150,28 @@ def class_names(model: Any) -> list[str]:
         info = timm.data.ImageNetInfo(subset)
         return [info.index_to_description(i) for i in range(model.num_classes)]
     return [str(i) for i in range(model.num_classes)]
+
+
+def read_labels(file: str | Path) -> list[str]:
+    """Names of classes from a text file in UTF-8, one a line.
+
+    Raises:
+        OSError: If it can't be read.
+        ValueError: If it is in another encoding or has no names.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8") from error
+    labels = [line.strip() for line in text.splitlines() if line.strip()]
+    if not labels:
+        raise ValueError(f"{file} has no labels")
+    return labels
+
+
+def check_labels(labels: list[str], num_classes: int) -> None:
+    """Raises ValueError where given names of classes are not one for each class, or a name stands twice."""
+    if len(labels) != num_classes:
+        raise ValueError(f"the model has {num_classes} classes, and the labels are {len(labels)}")
+    if twice := [name for name, count in Counter(labels).items() if count > 1]:
+        raise ValueError(f"labels that stand more than once: {', '.join(twice)}")

@@ -1,5 +1,6 @@
 """The fastest way that a processor has to run a model, in one call: `optimize`."""
 
+import collections
 import contextlib
 import copy
 import functools
@@ -10,6 +11,8 @@ import json
 import logging
 import platform
 import shutil
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
+from ..errors import one_line
 from ..files import atomic_path, cache_dir
-from ..images import find_images, image_loader
+from ..images import ImageError, find_images, image_loader
 from .folding import fold_norms
 
 __all__ = ["BACKENDS", "PRECISIONS", "TOLERANCES", "OptimizedModel", "calibration_batches", "optimize", "unavailable"]
@@ -48,7 +52,10 @@ class _Candidate(NamedTuple):
 
 
 class OptimizedModel(nn.Module):
-    """What `optimize` returns: called like the model that it was made from.
+    """What `optimize` returns: called like the model that it was made from, also from several threads at once.
+
+    Its outputs are plain fp32 tensors without gradients, whatever its caller has switched on: gradients, inference
+    mode or autocast.
 
     Attributes:
         backend: The engine that runs it.
@@ -75,7 +82,7 @@ class OptimizedModel(nn.Module):
         if tuple(x.shape[1:]) != self._size or (self._fixed and len(x) != self._fixed):
             expected = "x".join(map(str, (self._fixed or "N", *self._size)))
             raise ValueError(f"made for images of {expected}, got {'x'.join(map(str, x.shape))}")
-        return self._run(x.float())
+        return self._run(x)
 
     def extra_repr(self) -> str:
         return f"{self.chosen}, {self.precision}"
@@ -110,14 +117,14 @@ def optimize(
     """Makes a model fast on this machine's processor.
 
     Args:
-        model: In evaluation mode on the CPU; it stays as it is.
+        model: On the CPU; it stays as it is, and its evaluation mode is what is made fast.
         example_input: Images [N, in_chans, H, W], of the size and batch that matter most.
         backend: 'inductor' (PyTorch's compiler, frozen, channels-last), 'openvino', 'onnxruntime', or 'auto', which
             times those that are installed on the example, keeps the fastest and remembers it. What was chosen is
             logged, and stands in the result's `backend`.
         precision: 'fp32', 'bf16', or 'int8' (OpenVINO with NNCF).
-        calibration: For int8, a few hundred real images: a folder, or an iterable of batches as the model takes them
-            (of pairs with labels too, so a `DataLoader` will do).
+        calibration: For int8, a few hundred real images: a folder, whose images are brought to the example's size, or
+            an iterable of batches as the model takes them (of pairs with labels too, so a `DataLoader` will do).
         fixed_batch: Make it for the example's batch size only.
 
     Returns:
@@ -125,16 +132,22 @@ def optimize(
         `TOLERANCES` (checked on the example for fp32 and bf16).
 
     Raises:
-        ValueError: If `backend` or `precision` is unknown, or int8 has no calibration images.
+        ValueError: If `backend` or `precision` is unknown, or int8 has no calibration images of the example's size.
         RuntimeError: If this machine can't do it, or the outputs differ by more than the tolerance.
     """
+    if example_input.ndim != 4 or not len(example_input):
+        raise ValueError(f"the example must be images [N, in_chans, H, W], got {list(example_input.shape)}")
     if precision not in PRECISIONS:
         raise ValueError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
     if example_input.device.type != "cpu" or any(p.device.type != "cpu" for p in model.parameters()):
         raise ValueError("this is for CPUs: bring model and example to the CPU")
-    batches = list(calibration_batches(model, calibration)) if precision == "int8" else []
+    example_input = example_input.detach().float()
+    size, count = tuple(example_input.shape[1:]), len(example_input)
+    batches: Batches = []
+    if precision == "int8":
+        batches = list(calibration_batches(model, calibration, size, count if fixed_batch else None))
     names = list(BACKENDS) if backend == "auto" else [backend]
     reasons = {name: unavailable(name, precision) for name in names}
     usable = [name for name in names if reasons[name] is None]
@@ -146,9 +159,8 @@ def optimize(
     # Quantisation has one scale a tensor, which the folded channels' different scales would spoil.
     folded = None if precision == "int8" else fold_norms(model)
     networks: dict[bool, nn.Module] = {False: plain, **({True: folded} if folded is not None else {})}
-    with torch.inference_mode():
+    with quiet():
         expected = plain(example_input)
-    count = len(example_input)
     parts = [part for part in _PARTS if part < count and not (fixed_batch and count % part)]
     candidates = [_Candidate(*c) for c in itertools.product(usable, networks, [None, *parts])]
 
@@ -160,17 +172,15 @@ def optimize(
     def build(candidate: _Candidate) -> Run:
         name, fold, part = candidate
         run = engine(name, fold, part if fixed_batch else None)
-        whole = run if part is None else lambda x: torch.cat([run(images) for images in x.split(part)])
+        whole = _indifferent(run if part is None else lambda x: torch.cat([run(images) for images in x.split(part)]))
         _check(whole, example_input, expected, precision)
         return whole
 
-    result = functools.partial(
-        OptimizedModel, model=model, precision=precision, size=tuple(example_input.shape[1:]), fixed=count * fixed_batch
-    )
+    result = functools.partial(OptimizedModel, model=model, precision=precision, size=size, fixed=count * fixed_batch)
     key = _key(model, example_input, names, precision, fixed_batch)
     known = _remembered(key)
-    if known and _Candidate(*known["chosen"]) in candidates:
-        return result(build(_Candidate(*known["chosen"])), choice=known)
+    if known and known["chosen"] in candidates:
+        return result(build(known["chosen"]), choice=known)
 
     runs: dict[_Candidate, Run] = {}
     failure = None
@@ -192,15 +202,32 @@ def optimize(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Tracing warns of every shape that it fixes, which is meant."""
-    with warnings.catch_warnings(), torch.no_grad():
+    """For tracing and quantising, whatever the caller has switched on.
+
+    Tracing warns of every shape that it fixes, which is meant, and NNCF draws its bars on stdout, which is for results.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), torch.no_grad(), _no_autocast():
         warnings.simplefilter("ignore")
         yield
 
 
+def _no_autocast() -> torch.autocast:
+    return torch.autocast("cpu", enabled=False)
+
+
+def _indifferent(run: Run) -> Run:
+    """The same function for every caller: with gradients, inference mode and autocast on or off."""
+
+    def indifferent(x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(), _no_autocast():
+            out = run(x.detach().float())
+        return out.clone()  # no inference tensor, so that a loss may be computed on it
+
+    return indifferent
+
+
 def _check(run: Run, x: torch.Tensor, expected: torch.Tensor, precision: str) -> None:
-    with torch.inference_mode():
-        found = run(x)
+    found = run(x)
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     if not difference <= TOLERANCES[precision]:
         raise RuntimeError(f"the outputs differ by {difference:.2g} of the largest, more than {TOLERANCES[precision]}")
@@ -246,48 +273,79 @@ def _choices() -> Path:
     return cache_dir() / "inference.json"
 
 
-def _remembered(key: str) -> dict[str, Any] | None:
+def _all_remembered() -> dict[str, Any]:
     try:
-        return json.loads(_choices().read_text()).get(key)
-    except (OSError, ValueError):
+        content = json.loads(_choices().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _remembered(key: str) -> dict[str, Any] | None:
+    """A choice that was made before; None where there is none, or not of the shape that this version writes."""
+    try:
+        known = _all_remembered()[key]
+        backend, folded, part = known["chosen"]
+        times = {str(name): float(seconds) for name, seconds in known["times"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
+    return {"chosen": _Candidate(backend, folded, part), "times": times}
 
 
 def _remember(key: str, choice: dict[str, Any]) -> None:
-    try:
-        known = json.loads(_choices().read_text())
-    except (OSError, ValueError):
-        known = {}
     with contextlib.suppress(OSError), atomic_path(_choices()) as temporary:  # a choice can be made again
-        temporary.write_text(json.dumps({**known, key: choice}, indent=1))
+        temporary.write_text(json.dumps({**_all_remembered(), key: choice}, indent=1), encoding="utf-8")
 
 
-def calibration_batches(model: Any, source: Iterable | str | Path | None) -> Iterator[torch.Tensor]:
+def calibration_batches(
+    model: Any, source: Iterable | str | Path | None, size: tuple[int, ...] | None = None, batch: int | None = None
+) -> Iterator[torch.Tensor]:
     """The first few hundred images of a folder or of an iterable, in batches as the model takes them.
 
+    Args:
+        model: Whose transform a folder's images go through. Those that can't be read are left out, and a warning names
+            them.
+        source: Folder, or iterable of batches.
+        size: (in_chans, H, W), to which a folder's images are brought and which an iterable's must have; by default the
+            model's.
+        batch: Images in every batch, where it can't be any number; too few images for one are repeated.
+
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or they are of another size.
     """
     if source is None:
         raise ValueError("int8 needs calibration images: a folder, or batches of images")
+    batches: Iterable = _from_folder(model, Path(source), size) if isinstance(source, str | Path) else source
     count = 0
-    batches: Iterable = _from_folder(model, Path(source)) if isinstance(source, str | Path) else source
-    for batch in batches:
-        images = batch[0] if isinstance(batch, tuple | list) else batch
-        yield images.float()
+    waiting: Batches = []
+    for item in batches:
+        images = (item[0] if isinstance(item, tuple | list) else item).detach().float()
+        if size is not None and tuple(images.shape[1:]) != size:
+            raise ValueError(f"calibration images must be [N, {', '.join(map(str, size))}], got {list(images.shape)}")
         count += len(images)
+        if batch is None:
+            yield images
+        else:
+            *full, rest = torch.cat([*waiting, images]).split(batch)
+            waiting = [] if len(rest) == batch else [rest]
+            yield from full + [rest] * (len(rest) == batch)
         if count >= _CALIBRATION_IMAGES:
             return
     if not count:
         raise ValueError(f"no calibration images in {source if isinstance(source, str | Path) else 'the iterable'}")
+    if waiting and batch is not None and count < batch:
+        yield torch.cat(waiting * -(-batch // count))[:batch]
 
 
-def _from_folder(model: Any, folder: Path) -> Iterator[torch.Tensor]:
-    load = image_loader(model)
-    paths = find_images([str(folder)]) if folder.is_dir() else []
+def _from_folder(model: Any, folder: Path, size: tuple[int, ...] | None) -> Iterator[torch.Tensor]:
+    load = image_loader(model, size)
+    paths = find_images([folder]) if folder.is_dir() else []
     step = max(1, len(paths) // _CALIBRATION_IMAGES)  # from every class, as folders list one after the other
     for path in paths[::step]:
-        yield load(path)[None]
+        try:
+            yield load(path)[None]
+        except ImageError as error:
+            _logger.warning("left out of the calibration: %s", one_line(error))
 
 
 # Engines: each makes a function from images to outputs, both fp32 tensors.
@@ -297,13 +355,20 @@ def _inductor(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, _:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     network: Any = copy.deepcopy(model).to(memory_format=torch.channels_last, dtype=dtype)  # type: ignore[call-overload]
     compiled = torch.compile(network, dynamic=False if fixed else None, options={"freezing": True})
+    # PyTorch counts how often it compiles a function, not how often for one model, and gives up at 8.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    lock = threading.Lock()
+    seen: set[int] = set()
 
     def run(x: torch.Tensor) -> torch.Tensor:
         x = x.to(dtype=dtype, memory_format=torch.channels_last)
         if not fixed and len(x) > 1:  # a batch of one is compiled by itself
             torch._dynamo.maybe_mark_dynamic(x, 0)
-        with torch.inference_mode():
-            return compiled(x).float()
+        # Threads that meet a new size at once would each compile it.
+        with contextlib.nullcontext() if len(x) in seen else lock:
+            out = compiled(x).float()
+        seen.add(len(x))
+        return out
 
     return run
 
@@ -314,12 +379,15 @@ def openvino_model(model: nn.Module, x: torch.Tensor, fixed: bool, batches: Batc
 
     network = openvino.convert_model(model, example_input=x)
     network.reshape([len(x) if fixed else -1, *x.shape[1:]])
-    if batches:
-        import nncf
+    return quantized(network, [batch.numpy() for batch in batches]) if batches else network
 
-        nncf.set_log_level(logging.ERROR)
-        network = nncf.quantize(network, nncf.Dataset([batch.numpy() for batch in batches]), subset_size=len(batches))
-    return network
+
+def quantized(network: Any, items: list) -> Any:
+    """An OpenVINO or ONNX network in int8, by NNCF; `items` are its inputs to choose the scales by."""
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    return nncf.quantize(network, nncf.Dataset(items), subset_size=len(items))
 
 
 def _openvino(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, batches: Batches) -> Run:
@@ -332,11 +400,17 @@ def _openvino(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, ba
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     compiled = openvino.Core().compile_model(openvino_model(model, x, fixed, batches), "CPU", hints)
-    request = compiled.create_infer_request()
+    idle = collections.deque([compiled.create_infer_request()])  # one serves one thread at a time
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        result = request.infer({0: x.contiguous().numpy()}, share_inputs=True)
-        return torch.from_numpy(result[0].copy())
+        try:
+            request = idle.pop()
+        except IndexError:
+            request = compiled.create_infer_request()
+        try:
+            return torch.from_numpy(request.infer({0: x.contiguous().numpy()}, share_inputs=True)[0].copy())
+        finally:
+            idle.append(request)
 
     return run
 

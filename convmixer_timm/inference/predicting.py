@@ -1,64 +1,110 @@
-"""Image files to class names and probabilities."""
+"""Images to class names and probabilities."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 from huggingface_hub.utils import tqdm
+from PIL import Image
 
-from ..images import find_images, image_loader
+from ..errors import one_line
+from ..images import ImageError, find_images, image_loader
 from .loading import class_names
 
 __all__ = ["predict", "predict_files"]
 
-Prediction = tuple[Path, list[tuple[str, float]]]
+Classes = list[tuple[str, float]]
+Prediction = tuple[Path, Classes]
 
 
 def predict(
     model: nn.Module,
-    paths: Iterable[Path],
+    images: Any,
     topk: int = 5,
     batch_size: int = 64,
-    on_error: Callable[[Path, OSError], None] | None = None,
-) -> Iterator[Prediction]:
+    on_error: Callable[[Any, ImageError], None] | None = None,
+) -> Iterator[tuple[Any, Classes]]:
     """Classifies images, as many at a time as `batch_size`.
 
+        for image, classes in predict(model, ["cat.jpg", Image.open("dog.png"), frame]):
+            name, probability = classes[0]
+
     Args:
-        model: From `load_model`.
-        paths: Image files.
+        model: From `load_model` or `optimize`, or any classifier of timm's; it is run in evaluation mode and left in
+            the mode that it was in.
+        images: One image or any iterable of them, of one kind or mixed: paths (a folder stands for all images in it),
+            PIL images, and arrays [H, W, 3] of integers (0…255; 0…65535 of uint16) or floats (0…1 or 0…255), also
+            [H, W] in grey and [H, W, 4] with alpha; an array [N, H, W, 3] is N images. All are seen as
+            `convmixer_timm.images.load_image` sees them: EXIF rotation applied, brought to the model's size.
         topk: How many classes to give for each, at most all.
         batch_size: Images at a time.
-        on_error: Called with each file that can't be read, which is then left out; without it the error is raised.
+        on_error: Called with each image that can't be read, which is then left out; without it the error is raised.
 
     Yields:
-        Each path with its (class name, probability) pairs, most probable first.
+        Each image, as it was given (a folder's as paths), with its (class name, probability) pairs, most probable
+        first.
+
+    Raises:
+        ImageError: If a file can't be read; an OSError of one line that names it.
+        ValueError: If something is no image, the model is no classifier, or `topk` or `batch_size` is less than 1.
     """
+    if topk < 1 or batch_size < 1:
+        raise ValueError(f"topk and batch_size must be 1 or more, got {topk} and {batch_size}")
     load = image_loader(model)
     names = class_names(model)
-    device = next(model.parameters()).device
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))  # device and precision
 
-    @torch.inference_mode()
-    def run(batch):
-        images = torch.stack([image for _, image in batch]).to(device)
-        probabilities, indices = model(images).float().softmax(-1).cpu().topk(min(topk, len(names)))
-        for (path, _), ps, ids in zip(batch, probabilities.tolist(), indices.tolist(), strict=True):
-            yield path, [(names[i], p) for i, p in zip(ids, ps, strict=True)]
+    def run(batch: list[tuple[Any, torch.Tensor]]) -> Iterator[tuple[Any, Classes]]:
+        with torch.inference_mode(), _evaluating(model):
+            logits = model(torch.stack([image for _, image in batch]).to(like))
+        if logits.shape[1:] != (len(names),):
+            raise ValueError(
+                f"no classifier: the model gives {list(logits.shape[1:])} an image, for {len(names)} classes"
+            )
+        probabilities, indices = logits.float().softmax(-1).cpu().topk(min(topk, len(names)))
+        for (image, _), ps, ids in zip(batch, probabilities.tolist(), indices.tolist(), strict=True):
+            yield image, [(names[i], p) for i, p in zip(ids, ps, strict=True)]
 
     batch = []
-    for path in paths:
+    for image in _each(images):
         try:
-            batch.append((path, load(path)))
-        except OSError as error:
+            batch.append((image, load(image)))
+        except ImageError as error:
             if on_error is None:
                 raise
-            on_error(path, error)
+            on_error(image, error)
         if len(batch) == batch_size:
             yield from run(batch)
             batch = []
     if batch:
         yield from run(batch)
+
+
+def _each(images: Any) -> Iterator[Any]:
+    one = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4
+    if not one and not isinstance(images, Iterable):
+        raise ValueError(f"images are paths, PIL images or arrays [H, W, 3], got a {type(images).__name__}")
+    for image in [images] if one else images:
+        if isinstance(image, str | os.PathLike) and Path(image).is_dir():
+            yield from find_images([Path(image)])
+        else:
+            yield image
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def predict_files(
@@ -77,10 +123,10 @@ def predict_files(
         raise ValueError(f"no images found in {' '.join(patterns)}")
     failed = 0
 
-    def report(path: Path, error: OSError) -> None:
+    def report(path: Path, error: ImageError) -> None:
         nonlocal failed
         failed += 1
-        tqdm.write(f"error: {path}: {error}", file=sys.stderr)
+        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
 
     watched = sys.stderr.isatty() and len(paths) > batch_size
     progress = tqdm(paths, unit="img", disable=not watched)

@@ -6,16 +6,18 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ..errors import printable
+
 __all__ = ["FORMATS"]
 
 Results = Iterable[tuple[Path, list[tuple[str, float]]]]
 
 
 def _table(results: Results) -> None:
-    results = list(results)
-    width = max((len(str(path)) for path, _ in results), default=0)
-    for path, classes in results:
-        print(f"{path!s:{width}}  " + "  ".join(f"{name} {p:.3f}" for name, p in classes))
+    rows = [(printable(path), classes) for path, classes in results]
+    width = max((len(path) for path, _ in rows), default=0)
+    for path, classes in rows:
+        print(f"{path:{width}}  " + "  ".join(f"{name} {p:.3f}" for name, p in classes))
 
 
 def _json(results: Results) -> None:

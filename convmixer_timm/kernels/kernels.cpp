@@ -7,12 +7,15 @@
 //   spatial_mixing_backward its gradient, in two passes
 //
 // Activations are channels-last, [rows, channels] with rows = images x height x width, in fp32 or bf16. Everything is
-// computed in fp32, totals over rows are kept in fp64. `channels` is a multiple of 16.
+// computed in fp32, totals over rows are kept in fp64. Threads' totals join in the threads' order: the same call gives
+// the same bits. `channels` is a multiple of 16.
 // GCC's and Clang's vector types stand for the registers, so one text serves AVX-512, AVX2 and NEON.
 // build.py builds this file at first use.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <omp.h>
 #include <type_traits>
 #include <vector>
 #ifdef __AVX512F__
@@ -31,6 +34,7 @@ constexpr int LANES = 4, SUMS = 11;
 #endif
 typedef float f32 __attribute__((vector_size(4 * LANES)));
 typedef uint32_t u32 __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32 __attribute__((vector_size(4 * LANES)));
 typedef uint16_t u16 __attribute__((vector_size(2 * LANES)));
 
 using Vectors = std::vector<f32>;  // aligned to the registers
@@ -180,7 +184,7 @@ void all_taps(const Shape &s, const float *x, int64_t x_width, float *g, int64_t
     }
 }
 
-// What each thread sums for the gradients of weights and bias, [blocks, taps + 1, LANES].
+// What a thread sums for the gradients of weights and bias, [blocks, taps + 1, LANES].
 struct WeightSums {
     Shape s;
     Vectors sums;
@@ -188,22 +192,37 @@ struct WeightSums {
     explicit WeightSums(const Shape &s) : s(s), sums(s.blocks() * (s.taps() + 1)) {}
     float *weights(int64_t b) { return (float *)&sums[b * (s.taps() + 1)]; }
     void add_bias(int64_t b, f32 v) { sums[b * (s.taps() + 1) + s.taps()] += v; }
-    void add_to(float *dw, float *db) {
-        for (int64_t c = 0; c < s.C; c++) {
-            const float *sum = weights(c / LANES) + c % LANES;
-            for (int64_t t = 0; t < s.taps(); t++) dw[c * s.taps() + t] += sum[t * LANES];
-            db[c] += sum[s.taps() * LANES];
-        }
+};
+
+// One a thread, made by the thread itself, so that the memory is near it.
+struct AllWeightSums {
+    std::vector<std::unique_ptr<WeightSums>> of;
+
+    explicit AllWeightSums(int threads) : of(threads) {}
+    WeightSums &mine(const Shape &s) {
+        auto &sums = of[omp_get_thread_num()];
+        sums = std::make_unique<WeightSums>(s);
+        return *sums;
+    }
+    void write(const Shape &s, float *dw, float *db) {
+        for (int64_t c = 0; c < s.C; c++)
+            for (int64_t t = 0; t <= s.taps(); t++) {
+                float total = 0;
+                for (auto &sums : of)
+                    if (sums) total += sums->weights(c / LANES)[t * LANES + c % LANES];
+                (t < s.taps() ? dw[c * s.taps() + t] : db[c]) = total;
+            }
     }
 };
 
 template <class T>
 void weight_grad(int threads, const T *x, const T *g, float *dw, float *db, const Shape s) {
+    AllWeightSums all(threads);
 #pragma omp parallel num_threads(threads)
     {
-        WeightSums sums(s);
+        WeightSums &sums = all.mine(s);
         Tile x_tile(s, s.K, (s.K - 1) / 2), g_tile(s, 1, 0);
-#pragma omp for schedule(static)
+#pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t b = 0; b < s.blocks(); b++) {
                 f32 bias = {};
@@ -218,16 +237,28 @@ void weight_grad(int threads, const T *x, const T *g, float *dw, float *db, cons
                 all_taps<WeightGrad>(s, x_tile.start, x_tile.width, g_tile.inside, g_tile.width, sums.weights(b));
                 sums.add_bias(b, bias);
             }
-#pragma omp critical
-        sums.add_to(dw, db);
     }
+    all.write(s, dw, db);
 }
 
 // ---- activation ----
 
-// Normal distribution function and density on |z| <= 4.25 as polynomials in u = 2 z^2 / 4.25^2 - 1 (degree 8, interpolated
-// at Chebyshev nodes, highest power first): (Phi(z) - 1/2) / z and phi(z). Multiply-adds only, no exp and no division;
-// GELU is then right to 6e-5 (beyond the limit to 1.5e-5 |z|) and its slope to 4e-4, where bf16 rounds to 4e-3 of the value.
+struct Activated {
+    f32 value, slope;
+};
+
+template <class T>
+struct Relu {
+    static Activated at(f32 z) { return {z < 0.f ? f32{} : z, z > 0.f ? splat(1.f) : f32{}}; }
+};
+
+// The exact GELU, z Phi(z), as right as the type of the activations asks for.
+template <class T>
+struct Gelu;
+
+// For bf16: normal distribution function and density on |z| <= 4.25 as polynomials in u = 2 z^2 / 4.25^2 - 1 (degree 8,
+// interpolated at Chebyshev nodes, highest power first): (Phi(z) - 1/2) / z and phi(z). Multiply-adds only, no exp and no
+// division; right to 6e-5 (beyond the limit to 1.5e-5 |z|) and its slope to 4e-4, where bf16 rounds to 4e-3 of the value.
 constexpr float LIMIT = 4.25f;
 constexpr int DEGREE = 8;
 constexpr float PHI_INTEGRAL[DEGREE + 1] = {
@@ -248,15 +279,8 @@ inline f32 polynomial(const float *coefficients, f32 u) {
     return even + u * odd;
 }
 
-struct Activated {
-    f32 value, slope;
-};
-
-struct Relu {
-    static Activated at(f32 z) { return {z < 0.f ? f32{} : z, z > 0.f ? splat(1.f) : f32{}}; }
-};
-
-struct Gelu {  // the exact one, z Phi(z)
+template <>
+struct Gelu<bf16> {
     static Activated at(f32 z) {
         const f32 inside = clamp(z, LIMIT), u = inside * inside * (2 / (LIMIT * LIMIT)) - 1.f;
         const f32 cdf = 0.5f + inside * polynomial(PHI_INTEGRAL, u);
@@ -264,18 +288,74 @@ struct Gelu {  // the exact one, z Phi(z)
     }
 };
 
-// ---- activation, then batch-norm with the batch's own statistics; bf16 only ----
+template <int N>
+inline f32 powers(const float (&coefficients)[N], f32 v) {  // lowest power first
+    f32 sum = splat(coefficients[N - 1]);
+#pragma GCC unroll 16
+    for (int i = N - 2; i >= 0; i--) sum = sum * v + coefficients[i];
+    return sum;
+}
+
+// For fp32: Phi(-a) = exp(-a^2 / 2) t g(t) with t = 1 / (1 + 0.23 a), a >= 0, the form of Abramowitz and Stegun 7.1.26;
+// g fitted for the least relative error (4e-8). Value and slope are right to 2e-7 of max(1, |z|), also in the tail.
+constexpr float TAIL[] = {9.197228540e-02f, 8.829508343e-02f,  1.107239450e-01f, -1.432243333e-02f,
+                          2.768910925e-01f, -2.582827262e-01f, 2.814576994e-01f, -7.673496556e-02f};
+constexpr float EXP2[] = {1.f,
+                          6.931472004e-01f,
+                          2.402265111e-01f,
+                          5.550339988e-02f,
+                          9.618039071e-03f,
+                          1.339558400e-03f,
+                          1.546561496e-04f};
+
+template <>
+struct Gelu<float> {
+    static f32 exp2(f32 v) {  // for -126 < v <= 0
+        const f32 shifted = v + 12582912.f;  // 1.5 * 2^23: the integer next to v stands in the last bits
+        const f32 fraction = powers(EXP2, v - (shifted - 12582912.f));
+        return (f32)((u32)fraction + ((u32)shifted << 23));
+    }
+    static Activated at(f32 z) {
+        const f32 inside = clamp(z, 13.f);
+        const u32 negative = (u32)((i32)z >> 31), sign = (u32)z & 0x80000000;  // all bits, or the first
+        const f32 a = (f32)((u32)inside & 0x7fffffff), bell = exp2(a * a * -0.72134752f);
+        const f32 t = 1.f / (1.f + 0.23f * a), tail = bell * (t * powers(TAIL, t));
+        const f32 cdf = (f32)((u32)splat(1.f) & ~negative) - (f32)((u32)tail ^ sign);
+        return {(f32)((u32)z & ~negative) - a * tail, cdf + inside * bell * 0.39894228f};
+    }
+};
+
+// ---- activation, then batch-norm with the batch's own statistics ----
 
 constexpr int64_t CHUNK = 32;  // rows summed in fp32 before they join an fp64 total
 
-// Sums over rows, for each channel, of the two vectors that `terms(row x channels + channel, channel)` gives.
+// Two totals a channel, first and second, summed by each thread for itself.
+struct Totals {
+    int64_t C;
+    std::vector<std::vector<double>> of;
+
+    Totals(int threads, int64_t C) : C(C), of(threads) {}
+    std::vector<double> &mine() {
+        auto &sums = of[omp_get_thread_num()];
+        sums.assign(2 * C, 0);
+        return sums;
+    }
+    std::vector<double> joined() const {
+        std::vector<double> totals(2 * C);
+        for (auto &sums : of)
+            for (size_t c = 0; c < sums.size(); c++) totals[c] += sums[c];
+        return totals;
+    }
+};
+
+// Sums over rows, for each channel, of the two vectors that `terms(row x channels + channel, channel)` adds up.
 template <class Terms>
 std::vector<double> column_sums(int threads, int64_t rows, int64_t C, Terms terms) {
     const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
-    std::vector<double> totals(2 * C);
+    Totals totals(threads, C);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<double> mine(2 * C);
+        auto &mine = totals.mine();
         Vectors part(2 * C / LANES);
 #pragma omp for schedule(static)
         for (int64_t k = 0; k < chunks; k++) {
@@ -288,55 +368,55 @@ std::vector<double> column_sums(int threads, int64_t rows, int64_t C, Terms term
                 mine[C + c] += part[c / LANES * 2 + 1][c % LANES];
             }
         }
-#pragma omp critical
-        for (int64_t c = 0; c < 2 * C; c++) totals[c] += mine[c];
     }
-    return totals;
+    return totals.joined();
 }
 
-// y = gamma (a - mean) / sqrt(var + eps) + beta [+ shortcut] with a = act(z), from the totals of a and a^2; writes mean and
-// (biased) var too.
-template <class Act>
-void normalise(int threads, const std::vector<double> &totals, const bf16 *z, const bf16 *shortcut, const float *gamma,
-               const float *beta, bf16 *y, float *mean, float *var, int64_t rows, int64_t C, double eps) {
-    std::vector<float> scale(C), shift(C);
+// y = gamma (a - mean) / sqrt(var + eps) + beta [+ shortcut] with a = act(z); writes mean and (biased) var too. From the
+// totals of a - pivot and its square: near any one of the values fp32 keeps the digits that the variance is made of.
+template <class T, class Act>
+void normalise(int threads, const std::vector<double> &totals, const float *pivot, const T *z, const T *shortcut,
+               const float *gamma, const float *beta, T *y, float *mean, float *var, int64_t rows, int64_t C, double eps) {
+    std::vector<float> scale(C);
     for (int64_t c = 0; c < C; c++) {
-        const double m = totals[c] / rows, v = totals[C + c] / rows - m * m;
-        mean[c] = m;
+        const double d = totals[c] / rows, v = totals[C + c] / rows - d * d;
+        mean[c] = pivot[c] + d;
         var[c] = v < 0 ? 0 : v;
         scale[c] = gamma[c] / std::sqrt(var[c] + eps);
-        shift[c] = beta[c] - m * scale[c];
     }
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < C; c += LANES) {
             const int64_t i = r * C + c;
-            f32 v = Act::at(load(z + i)).value * load(&scale[c]) + load(&shift[c]);
+            f32 v = (Act::at(load(z + i)).value - load(mean + c)) * load(&scale[c]) + load(beta + c);
             if (shortcut) v += load(shortcut + i);
             store(y + i, v);
         }
 }
 
-template <class Act>
-void forward(int threads, const bf16 *z, const bf16 *shortcut, const float *gamma, const float *beta, bf16 *y, float *mean,
-             float *var, int64_t rows, int64_t C, double eps) {
-    const auto totals = column_sums(threads, rows, C, [=](int64_t i, int64_t, f32 &first, f32 &second) {
-        const f32 a = Act::at(load(z + i)).value;
-        first += a;
-        second += a * a;
+template <class T, class Act>
+void forward(int threads, const T *z, const T *shortcut, const float *gamma, const float *beta, T *y, float *mean, float *var,
+             int64_t rows, int64_t C, double eps) {
+    std::vector<float> pivot(C);
+    for (int64_t c = 0; c < C; c += LANES) store(&pivot[c], Act::at(load(z + c)).value);
+    const auto totals = column_sums(threads, rows, C, [&](int64_t i, int64_t c, f32 &first, f32 &second) {
+        const f32 d = Act::at(load(z + i)).value - load(&pivot[c]);
+        first += d;
+        second += d * d;
     });
-    normalise<Act>(threads, totals, z, shortcut, gamma, beta, y, mean, var, rows, C, eps);
+    normalise<T, Act>(threads, totals, &pivot[0], z, shortcut, gamma, beta, y, mean, var, rows, C, eps);
 }
 
 // With xhat = (a - mean) rstd: dgamma = sum dy xhat, dbeta = sum dy,
 // dz = act'(z) gamma rstd (dy - dbeta / rows - xhat dgamma / rows), written as act'(z) (A dy + B a + D).
-template <class Act>
+template <class T, class Act>
 struct InputGrad {
     std::vector<float> A, B, D;
+    const float *mean;
 
-    InputGrad(int threads, const bf16 *z, const bf16 *dy, const float *gamma, const float *mean, const float *var,
+    InputGrad(int threads, const T *z, const T *dy, const float *gamma, const float *mean, const float *var,
               float *dgamma, float *dbeta, int64_t rows, int64_t C, double eps)
-        : A(C), B(C), D(C) {
+        : A(C), B(C), D(C), mean(mean) {
         const auto totals = column_sums(threads, rows, C, [=](int64_t i, int64_t c, f32 &first, f32 &second) {
             const f32 d = load(dy + i);
             first += d;
@@ -349,19 +429,19 @@ struct InputGrad {
             dgamma[c] = totals[C + c] * rstd;
             A[c] = a;
             B[c] = b;
-            D[c] = -a * totals[c] / rows - b * mean[c];
+            D[c] = -a * totals[c] / rows;
         }
     }
     f32 at(f32 z, f32 dy, int64_t c) const {
         const Activated a = Act::at(z);
-        return (load(&A[c]) * dy + load(&B[c]) * a.value + load(&D[c])) * a.slope;
+        return (load(&A[c]) * dy + load(&B[c]) * (a.value - load(mean + c)) + load(&D[c])) * a.slope;
     }
 };
 
-template <class Act>
-void backward(int threads, const bf16 *z, const bf16 *dy, const float *gamma, const float *mean, const float *var, bf16 *dz,
-              float *dgamma, float *dbeta, int64_t rows, int64_t C, double eps) {
-    const InputGrad<Act> grad(threads, z, dy, gamma, mean, var, dgamma, dbeta, rows, C, eps);
+template <class T, class Act>
+void backward(int threads, const T *z, const T *dy, const float *gamma, const float *mean, const float *var, T *dz, float *dgamma,
+              float *dbeta, int64_t rows, int64_t C, double eps) {
+    const InputGrad<T, Act> grad(threads, z, dy, gamma, mean, var, dgamma, dbeta, rows, C, eps);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < C; c += LANES) {
@@ -370,7 +450,7 @@ void backward(int threads, const bf16 *z, const bf16 *dy, const float *gamma, co
         }
 }
 
-// ---- depthwise convolution, activation, batch-norm [and residual] as one; bf16 only ----
+// ---- depthwise convolution, activation, batch-norm [and residual] as one ----
 // Forwards the convolution's pass over memory takes the totals that the norm needs. Backwards the gradient of the
 // convolution's output lives in a tile only: both convolutions that need it are made there.
 
@@ -383,16 +463,33 @@ Vectors by_block(const float *weight, const Shape &s, bool turned) {
     return out;
 }
 
-template <class Act>
-void mixing_forward(int threads, const bf16 *x, const float *weight, const float *bias, const float *gamma,
-                    const float *beta, bool residual, bf16 *z, bf16 *y, float *mean, float *var, const Shape s, double eps) {
+// act of the convolution in the middle of the first image, a value for each channel that the others lie around.
+template <class T, class Act>
+std::vector<float> middle(const T *x, const float *bias, Vectors &filters, const Shape &s) {
+    std::vector<float> out(s.C);
+    const int64_t before = (s.K - 1) / 2;
+    for (int64_t b = 0; b < s.blocks(); b++) {
+        f32 sum = load(bias + b * LANES);
+        for (int64_t t = 0; t < s.taps(); t++) {
+            const int64_t h = s.H / 2 + t / s.K - before, w = s.W / 2 + t % s.K - before;
+            if (h >= 0 && h < s.H && w >= 0 && w < s.W) sum += filters[b * s.taps() + t] * load(x + s.index(0, b, h, w));
+        }
+        store(&out[b * LANES], Act::at(sum).value);
+    }
+    return out;
+}
+
+template <class T, class Act>
+void mixing_forward(int threads, const T *x, const float *weight, const float *bias, const float *gamma, const float *beta,
+                    bool residual, T *y, T *z, float *mean, float *var, const Shape s, double eps) {
     Vectors filters = by_block(weight, s, false);
-    std::vector<double> totals(2 * s.C);
+    const auto pivot = middle<T, Act>(x, bias, filters, s);
+    Totals totals(threads, s.C);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<double> mine(2 * s.C);
+        auto &mine = totals.mine();
         Tile x_tile(s, s.K, (s.K - 1) / 2), z_tile(s, 1, 0);
-#pragma omp for schedule(static)
+#pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t b = 0; b < s.blocks(); b++) {
                 const int64_t c = b * LANES;
@@ -408,9 +505,9 @@ void mixing_forward(int threads, const bf16 *x, const float *weight, const float
                     for (int64_t w = 0; w < s.W; w++) {
                         const int64_t i = s.index(n, b, h, w);
                         store(z + i, load(z_tile.at(h, w)));
-                        const f32 a = Act::at(load(z + i)).value;  // of the rounded z, as in every other pass
-                        first += a;
-                        second += a * a;
+                        const f32 d = Act::at(load(z + i)).value - load(&pivot[c]);  // of z as it is rounded in memory
+                        first += d;
+                        second += d * d;
                     }
                     for (int l = 0; l < LANES; l++) {
                         mine[c + l] += first[l];
@@ -418,24 +515,24 @@ void mixing_forward(int threads, const bf16 *x, const float *weight, const float
                     }
                 }
             }
-#pragma omp critical
-        for (int64_t c = 0; c < 2 * s.C; c++) totals[c] += mine[c];
     }
-    normalise<Act>(threads, totals, z, residual ? x : nullptr, gamma, beta, y, mean, var, s.N * s.H * s.W, s.C, eps);
+    normalise<T, Act>(threads, totals.joined(), &pivot[0], z, residual ? x : nullptr, gamma, beta, y, mean, var,
+                      s.N * s.H * s.W, s.C, eps);
 }
 
 // dx, or dw and db, may be null: nobody needs them.
-template <class Act>
-void mixing_backward(int threads, const bf16 *x, const bf16 *z, const bf16 *dy, const float *weight, const float *gamma,
-                     const float *mean, const float *var, bool residual, bf16 *dx, float *dw, float *db, float *dgamma,
+template <class T, class Act>
+void mixing_backward(int threads, const T *x, const T *z, const T *dy, const float *weight, const float *gamma,
+                     const float *mean, const float *var, bool residual, T *dx, float *dw, float *db, float *dgamma,
                      float *dbeta, const Shape s, double eps) {
-    const InputGrad<Act> grad(threads, z, dy, gamma, mean, var, dgamma, dbeta, s.N * s.H * s.W, s.C, eps);
+    const InputGrad<T, Act> grad(threads, z, dy, gamma, mean, var, dgamma, dbeta, s.N * s.H * s.W, s.C, eps);
     Vectors filters = by_block(weight, s, true);
+    AllWeightSums all(threads);
 #pragma omp parallel num_threads(threads)
     {
-        WeightSums sums(s);
+        WeightSums &sums = all.mine(s);
         Tile x_tile(s, s.K, (s.K - 1) / 2), dz_tile(s, s.K, s.K / 2), dx_tile(s, 1, 0);
-#pragma omp for schedule(static)
+#pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t b = 0; b < s.blocks(); b++) {
                 const int64_t c = b * LANES;
@@ -460,47 +557,58 @@ void mixing_backward(int threads, const bf16 *x, const bf16 *z, const bf16 *dy, 
                 for (int64_t h = 0; h < s.H; h++)
                     for (int64_t w = 0; w < s.W; w++) store(dx + s.index(n, b, h, w), load(dx_tile.at(h, w)));
             }
-        if (dw) {
-#pragma omp critical
-            sums.add_to(dw, db);
-        }
     }
+    if (dw) all.write(s, dw, db);
 }
 
 }  // namespace
 
+// What operators.py calls: the activations' type, threads and size, then arguments and results in its signatures' order.
+
+#define FOR_TYPE(CALL)                      \
+    if (is_bf16) {                          \
+        using T = bf16;                     \
+        if (gelu) { using Act = Gelu<T>; CALL; } else { using Act = Relu<T>; CALL; } \
+    } else {                                \
+        using T = float;                    \
+        if (gelu) { using Act = Gelu<T>; CALL; } else { using Act = Relu<T>; CALL; } \
+    }
+
 extern "C" {
 
-void depthwise_weight_grad(int is_bf16, int threads, const void *x, const void *g, float *dw, float *db, int64_t N,
-                           int64_t C, int64_t H, int64_t W, int64_t K) {
+void depthwise_weight_grad(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
+                           const void *g, int64_t K, float *dw, float *db) {
     const Shape s{N, C, H, W, K};
     if (is_bf16) weight_grad(threads, (const bf16 *)x, (const bf16 *)g, dw, db, s);
     else weight_grad(threads, (const float *)x, (const float *)g, dw, db, s);
 }
 
-void act_norm_forward(int gelu, int threads, const bf16 *z, const bf16 *shortcut, const float *gamma, const float *beta,
-                      bf16 *y, float *mean, float *var, int64_t rows, int64_t C, double eps) {
-    (gelu ? forward<Gelu> : forward<Relu>)(threads, z, shortcut, gamma, beta, y, mean, var, rows, C, eps);
+void act_norm(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *z,
+              const void *shortcut, const float *gamma, const float *beta, int64_t gelu, double eps, void *y, float *mean,
+              float *var) {
+    FOR_TYPE((forward<T, Act>(threads, (const T *)z, (const T *)shortcut, gamma, beta, (T *)y, mean, var, N * H * W, C, eps)))
 }
 
-void act_norm_backward(int gelu, int threads, const bf16 *z, const bf16 *dy, const float *gamma, const float *mean,
-                       const float *var, bf16 *dz, float *dgamma, float *dbeta, int64_t rows, int64_t C, double eps) {
-    (gelu ? backward<Gelu> : backward<Relu>)(threads, z, dy, gamma, mean, var, dz, dgamma, dbeta, rows, C, eps);
+void act_norm_backward(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *z,
+                       const void *dy, const float *gamma, const float *mean, const float *var, int64_t gelu, double eps,
+                       void *dz, float *dgamma, float *dbeta) {
+    FOR_TYPE((backward<T, Act>(threads, (const T *)z, (const T *)dy, gamma, mean, var, (T *)dz, dgamma, dbeta, N * H * W, C, eps)))
 }
 
-void spatial_mixing_forward(int gelu, int residual, int threads, const bf16 *x, const float *weight, const float *bias,
-                            const float *gamma, const float *beta, bf16 *z, bf16 *y, float *mean, float *var, int64_t N,
-                            int64_t C, int64_t H, int64_t W, int64_t K, double eps) {
-    (gelu ? mixing_forward<Gelu> : mixing_forward<Relu>)(threads, x, weight, bias, gamma, beta, residual, z, y, mean, var,
-                                                         Shape{N, C, H, W, K}, eps);
+void spatial_mixing(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
+                    const float *weight, const float *bias, const float *gamma, const float *beta, int64_t K,
+                    int64_t residual, int64_t gelu, double eps, void *y, void *z, float *mean, float *var) {
+    const Shape s{N, C, H, W, K};
+    FOR_TYPE((mixing_forward<T, Act>(threads, (const T *)x, weight, bias, gamma, beta, residual, (T *)y, (T *)z, mean, var, s, eps)))
 }
 
-void spatial_mixing_backward(int gelu, int residual, int threads, const bf16 *x, const bf16 *z, const bf16 *dy,
-                             const float *weight, const float *gamma, const float *mean, const float *var, bf16 *dx,
-                             float *dw, float *db, float *dgamma, float *dbeta, int64_t N, int64_t C, int64_t H, int64_t W,
-                             int64_t K, double eps) {
-    (gelu ? mixing_backward<Gelu> : mixing_backward<Relu>)(threads, x, z, dy, weight, gamma, mean, var, residual, dx, dw, db,
-                                                           dgamma, dbeta, Shape{N, C, H, W, K}, eps);
+void spatial_mixing_backward(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
+                             const void *z, const void *dy, const float *weight, const float *gamma, const float *mean,
+                             const float *var, int64_t K, int64_t residual, int64_t gelu, double eps, int64_t for_x,
+                             int64_t for_weight, void *dx, float *dw, float *db, float *dgamma, float *dbeta) {
+    const Shape s{N, C, H, W, K};
+    FOR_TYPE((mixing_backward<T, Act>(threads, (const T *)x, (const T *)z, (const T *)dy, weight, gamma, mean, var, residual,
+                                      (T *)dx, dw, db, dgamma, dbeta, s, eps)))
 }
 
 }  // extern "C"

@@ -93,12 +93,12 @@ def mend_summary() -> None:
         path = Path(filename)
         rows: list[list[str]] = []
         if path.exists():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.reader(file))
         before = [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) < epoch]
         with atomic_path(path) as temporary:
             if before:
-                with temporary.open("w", newline="") as file:
+                with temporary.open("w", newline="", encoding="utf-8") as file:
                     csv.writer(file).writerows([rows[0], *before])
             kwargs["write_header"] = not before
             original(epoch, train_metrics, eval_metrics, str(temporary), *args, **kwargs)

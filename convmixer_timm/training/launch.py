@@ -87,7 +87,7 @@ def restart_with_allocator_settings(args: list[str]) -> None:
 
 def recipes() -> dict[str, str]:
     """The recipes that ship with the package: name and first comment line."""
-    return {p.stem: p.read_text().splitlines()[0].lstrip("# ") for p in sorted(RECIPES.glob("*.yaml"))}
+    return {p.stem: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for p in sorted(RECIPES.glob("*.yaml"))}
 
 
 def train_arguments(recipe: str, args: list[str]) -> list[str]:
@@ -105,7 +105,7 @@ def train_arguments(recipe: str, args: list[str]) -> list[str]:
         if not path.is_file():
             raise ValueError(f"No recipe {recipe!r}; there are {', '.join(recipes())}, or give a YAML file.")
     try:
-        told = yaml.safe_load(path.read_text())
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(told, dict):
@@ -243,7 +243,7 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
     Raises:
         ValueError: If ``validate.py``'s data can't be read or has other classes than the run.
     """
-    if "--checkpoint" not in path.read_text():
+    if "--checkpoint" not in path.read_text(encoding="utf-8"):
         return args
     options = script_options(path, args)
     if options is None:

@@ -92,7 +92,7 @@ class Record:
         if not file.is_file():
             return None
         try:
-            return cls._from(json.loads(file.read_text()))
+            return cls._from(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is no record of a run: {' '.join(str(error).split())}") from error
 
@@ -112,7 +112,7 @@ class Record:
     def write(self, folder: Path) -> None:
         """Writes it into a run's output folder, whole or not at all."""
         with atomic_path(folder / FILE) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n")
+            temporary.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
 
     def at(self, epoch: int) -> "Record":
         """The record that held when an epoch, counted from 0, was trained."""
@@ -187,7 +187,7 @@ def _stored_args(name: str) -> dict[str, Any]:
     if not location:
         return {}
     if scheme == "local-dir":
-        args = json.loads((Path(location) / "config.json").read_text()).get("model_args") or {}
+        args = json.loads((Path(location) / "config.json").read_text(encoding="utf-8")).get("model_args") or {}
     else:
         args = load_model_config_from_hf(location.removeprefix("//"))[2]
     return {key: value for key, value in args.items() if key not in ("num_classes", "in_chans")}

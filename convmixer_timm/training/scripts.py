@@ -14,6 +14,7 @@ from typing import Any
 
 from ..files import atomic_path, cache_dir
 from .compat import mend_cpu_ddp, mend_mixup_off, mend_summary
+from .decoding import use_one_reader
 
 __all__ = ["find_script", "run_script", "script_flags", "script_options"]
 
@@ -71,7 +72,7 @@ def script_options(path: Path, args: list[str]) -> Namespace | None:
 
     None where it has none of timm's form. What it can't understand ends the process with argparse's message.
     """
-    if "argparse" not in path.read_text():
+    if "argparse" not in path.read_text(encoding="utf-8"):
         return None
     module = _module(path)
     argv, sys.argv = sys.argv, [str(path), *args]
@@ -97,5 +98,6 @@ def run_script(path: Path, args: list[str]) -> None:
     mend_cpu_ddp()
     mend_mixup_off()
     mend_summary()
+    use_one_reader()
     sys.argv = [str(path), *args]
     runpy.run_path(str(path), run_name="__main__")

@@ -1,5 +1,6 @@
 """A training run packed as a checkpoint folder."""
 
+import json
 import shutil
 from argparse import Namespace
 from dataclasses import replace
@@ -164,3 +165,12 @@ def test_what_is_missing_is_named_and_the_old_folder_stays(run, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no last\.pth\.tar"):
         pack_run(run, target)
     assert (target / "model.safetensors").exists()
+
+
+def test_names_from_an_ascii_locale_are_what_they_were(tmp_path):
+    """Python gives the bytes of other letters as surrogates there."""
+    run = make_run(tmp_path / "run", model_kwargs={}, num_classes=2, data_dir="/d\udcc3\udca4t\udcff")
+    pack_run(run, tmp_path / "packed", labels=["b", "ün"])
+    assert "on dät\\xff" in (tmp_path / "packed/README.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "packed/config.json").read_text())["label_names"] == ["b", "ün"]
+    assert yaml.safe_load((tmp_path / "packed/args.yaml").read_text())["data_dir"] == "dät\\xff"

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,19 @@ def test_run_that_began_with_a_checkpoint_of_the_hub(server, client, tmp_path):
 def test_labels_must_fit(client, run, tmp_path):
     (tmp_path / "labels.txt").write_text("ant\nbee\nwasp\n")
     assert "2 classes" in client.fails("publish", run, "--repo-id", "ann/x", "--labels", tmp_path / "labels.txt")
+    for content, message in [
+        (b"ant\nant\n", "more than once: ant"),
+        (b"\n \n", "labels.txt has no labels"),
+        ("ant\nbee\n".encode("utf-16"), "labels.txt is no text in UTF-8"),
+    ]:
+        (tmp_path / "labels.txt").write_bytes(content)
+        assert message in client.fails("publish", run, "--repo-id", "ann/x", "--labels", tmp_path / "labels.txt")
+
+
+def test_labels_of_a_windows_editor(client, server, run, tmp_path):
+    (tmp_path / "labels.txt").write_bytes("ünï\r\nbee\r\n".encode("utf-8-sig"))
+    assert client("publish", run, "--repo-id", "ann/bom", "--labels", tmp_path / "labels.txt")[0] == 0
+    assert json.loads(server.files("ann/bom")["config.json"])["label_names"] == ["ünï", "bee"]
 
 
 @pytest.mark.parametrize(
@@ -393,7 +407,24 @@ def test_slow_server(server, client):
     assert client("publish", SOURCE, "--repo-id", "ann/slow")[0] == 0
     server.fail("create", "slow", seconds=3)
     line = client.fails("publish", SOURCE, "--repo-id", "ann/slow", "--timeout", "1")
-    assert "no answer" in line and "Timeout" in line
+    assert "no answer within 1 s (Timeout): 127.0.0.1 didn't answer POST /api/repos/create" in line
+    assert "or with a longer --timeout" in line
+
+
+@pytest.mark.parametrize("step", ["upload", "batch", "commit", "preupload"])
+def test_a_server_that_never_answers(step, server, client, second):
+    server.fail(step, "slow", seconds=60)
+    start = time.monotonic()
+    line = client.fails("publish", second, "--repo-id", f"ann/hanging-{step}", "--timeout", "2")
+    assert time.monotonic() - start < 20  # with packing
+    assert f"no answer within 2 s (Timeout): 127.0.0.1 didn't {'take a file' if step == 'upload' else 'answer'}" in line
+
+
+def test_what_is_waited_for_is_said(server, client):
+    server.fail("create", "slow", seconds=6.5)
+    code, _, err = client("publish", SOURCE, "--repo-id", "ann/patient")
+    assert code == 0
+    assert "waiting for 127.0.0.1 to answer POST /api/repos/create, for at most 60 s\n" in err
 
 
 def test_a_tag_stays_with_its_content(server, client, second):

@@ -107,3 +107,41 @@ def test_a_wrong_file_never_appears(tmp_path, monkeypatch):
         export(model, target, "torch-export")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
     assert target.read_text() == "an older file"
+
+
+@pytest.mark.parametrize("format, part", [("onnx", "m.onnx"), ("openvino", "m.xml"), ("openvino", "m.bin")])
+def test_a_folder_is_not_written_into(format, part, tmp_path, capsys):
+    (tmp_path / part).mkdir()
+    assert main(["export", NAME, "--format", format, "-o", str(tmp_path / f"m{SUFFIXES[format]}")]) == 1
+    assert capsys.readouterr().err == f"convmixer-timm: error: {tmp_path / part} is a folder: name a file to write\n"
+    assert [path.name for path in tmp_path.rglob("*")] == [part]
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [([*"abc"], "has 10 classes, and the labels are 3"), ([*"abcdefghia"], "more than once: a")],
+)
+def test_labels_must_fit(labels, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(timm.create_model("convmixer_128_4"), tmp_path / "m.pt2", "torch-export", labels=labels)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(unavailable("openvino", "int8") is not None, reason="NNCF is not installed")
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_only_the_result_is_on_stdout(format, tmp_path, capfd):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    (tmp_path / "images").symlink_to(IMAGES)
+    file = str(tmp_path / f"m{SUFFIXES[format]}")
+    args = ["--format", format, "--precision", "int8", "--calibration", str(tmp_path), "-o", file]
+    assert main(["export", NAME, *args]) == 0
+    assert len(capfd.readouterr().out.splitlines()) == 1
+
+
+def test_calibration_batches_of_any_size_for_one_image_at_a_time(tmp_path):
+    if unavailable("openvino", "int8") is not None:
+        pytest.skip("NNCF is not installed")
+    model = timm.create_model(NAME, pretrained=True).eval()
+    images = torch.cat(list(calibration_batches(model, IMAGES)))
+    export(model, tmp_path / "m.xml", "openvino", "int8", calibration=images.split(20))
+    assert (tmp_path / "m.bin").is_file()

@@ -2,12 +2,17 @@
 
 import copy
 import importlib.util
+import json
+import shutil
+import threading
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn as nn
 
+from convmixer_timm import predict
 from convmixer_timm.inference import optimize as optimize_module
 from convmixer_timm.inference.folding import fold_norms
 from convmixer_timm.inference.optimize import TOLERANCES, calibration_batches, optimize, unavailable
@@ -203,3 +208,148 @@ def test_calibration_takes_loaders_and_folders(model, images):
     pairs = [(images[:20], torch.zeros(20)), (images[20:], torch.zeros(10))]
     assert torch.equal(torch.cat(list(calibration_batches(model, pairs))), images)
     assert len(list(calibration_batches(model, [torch.zeros(200, 3, 32, 32)] * 5))) == 2
+
+
+@pytest.fixture(scope="module")
+def engine(model, images):
+    """Each engine in each precision, made once."""
+    made = {}
+
+    def make(backend, precision):
+        if (backend, precision) not in made:
+            calibration = IMAGES if precision == "int8" else None
+            made[backend, precision] = optimize(model, images[:8], backend, precision, calibration=calibration)
+        return made[backend, precision]
+
+    return make
+
+
+@pytest.mark.parametrize("backend, precision", CASES)
+def test_four_threads_at_once(backend, precision, engine, images):
+    fast = engine(backend, precision)
+    batches = [images[i : i + size] for size in (1, 3, 8) for i in range(0, 12, 3)]
+    expected = [fast(batch) for batch in batches]
+    start, problems = threading.Barrier(4), []
+
+    def serve(seed):
+        start.wait()
+        for i in np.random.default_rng(seed).permutation(len(batches) * 4) % len(batches):
+            try:
+                # Equal but for the order of sums, which may follow the threads.
+                torch.testing.assert_close(fast(batches[i]), expected[i], rtol=1e-3, atol=1e-3)
+            except Exception as error:
+                problems.append(error)
+
+    threads = [threading.Thread(target=serve, args=[seed]) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+
+
+@pytest.mark.parametrize("backend, precision", CASES)
+def test_whatever_the_caller_has_switched_on(backend, precision, engine, images):
+    fast = engine(backend, precision)
+    x = images[:8].clone()
+    expected = fast(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fast(x), expected)
+    for switch in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with switch():
+            assert torch.equal(fast(x), expected)
+    assert torch.equal(fast(x.requires_grad_()), expected)
+    found = fast(x.double())
+    assert torch.equal(found, expected) and found.dtype == torch.float32
+    with torch.inference_mode():
+        inside = images[:8].clone()
+    found = fast(inside)
+    assert not found.requires_grad and not found.is_inference()
+    scale = torch.ones((), requires_grad=True)
+    (found * scale).sum().backward()  # a loss may be computed on it
+    assert scale.grad is not None
+
+
+@pytest.mark.parametrize("backend", ["inductor", "openvino", "onnxruntime"])
+def test_made_under_autocast_and_gradients(backend, model, images):
+    if unavailable(backend) is not None:
+        pytest.skip(unavailable(backend))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast = optimize(model, images[:2].clone().requires_grad_(), backend)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(images[:2]), model(images[:2]), rtol=1e-3, atol=1e-3)
+
+
+needs_int8 = pytest.mark.skipif(unavailable("openvino", "int8") is not None, reason="NNCF is not installed")
+
+
+@needs_int8
+@pytest.mark.parametrize("folder", [True, False])
+def test_int8_of_a_fixed_batch_at_another_size(folder, model, images, capsys):
+    larger = nn.functional.interpolate(images, 48)
+    example = larger[:4]
+    calibration = IMAGES if folder else larger.split(9)
+    fast = optimize(model, example, "openvino", "int8", calibration=calibration, fixed_batch=True)
+    assert fast(example).shape == (4, 10)
+    assert capsys.readouterr().out == ""  # NNCF's bars go to stderr
+
+
+def test_calibration_in_batches_of_one_size(model, images, tmp_path, caplog):
+    def shapes(source, **kwargs):
+        return [tuple(batch.shape) for batch in calibration_batches(model, source, **kwargs)]
+
+    assert shapes(IMAGES, size=(3, 40, 24)) == [(1, 3, 40, 24)] * 30
+    assert shapes(IMAGES, batch=7) == [(7, 3, 32, 32)] * 4
+    assert shapes([images[:5], images[:9]], batch=4) == [(4, 3, 32, 32)] * 3
+    assert shapes([images[:3]], batch=8) == [(8, 3, 32, 32)]
+    assert torch.equal(torch.cat(list(calibration_batches(model, [images[:5], images[5:12]], batch=4))), images[:12])
+    with pytest.raises(ValueError, match=r"calibration images must be \[N, 3, 28, 28\], got \[30, 3, 32, 32\]"):
+        shapes([images], size=(3, 28, 28))
+    shutil.copy(IMAGES / "cat/0000.jpg", tmp_path)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    assert len(shapes(tmp_path)) == 1
+    assert f"left out of the calibration: {tmp_path}/bad.png: not an image" in caplog.text
+    (tmp_path / "0000.jpg").unlink()
+    with pytest.raises(ValueError, match="no calibration images in"):
+        shapes(tmp_path)
+
+
+REMEMBERED = [[], 7, {"KEY": 7}, {"KEY": {}}, {"KEY": {"chosen": ["openvino"], "times": {}}}]
+REMEMBERED += [{"KEY": {"chosen": ["openvino", False, None], "times": times}} for times in (None, [1], {"a": "b"})]
+REMEMBERED += [{"KEY": {"chosen": chosen, "times": {}}} for chosen in (None, "abc", [[], {}, 1], ["tpu", False, None])]
+
+
+@pytest.mark.parametrize("content", REMEMBERED)
+def test_a_remembered_choice_of_another_shape_is_made_again(content, model, images, choices, monkeypatch):
+    monkeypatch.setattr(optimize_module, "_key", lambda *args: "KEY")
+    monkeypatch.setattr(optimize_module, "BACKENDS", {"openvino": (lambda network, *_: network, ("fp32",))})
+    choices.write_text(json.dumps(content))
+    fast = optimize(model, images[:2])
+    assert fast.backend == "openvino"
+    assert json.loads(choices.read_text())["KEY"]["chosen"] == list(fast.chosen)
+
+
+def test_examples_that_are_no_batch(model, images):
+    for example in (images[0], images[:0]):
+        with pytest.raises(ValueError, match=r"the example must be images \[N, in_chans, H, W\], got"):
+            optimize(model, example)
+
+
+def test_predicting_with_an_optimized_model(model, images):
+    fast = optimize(model, images[:4], "inductor" if unavailable("openvino") else "openvino")
+    [(_, classes)] = predict(fast, IMAGES / "cat/0000.jpg")
+    [(_, expected)] = predict(model, IMAGES / "cat/0000.jpg")
+    assert dict(classes) == pytest.approx(dict(expected), abs=1e-3)
+
+
+@pytest.mark.skipif(unavailable("inductor") is not None, reason="there is no C++ compiler")
+def test_threads_that_meet_a_new_size_at_once_compile_it_once(model, images):
+    fast = optimize(model, images[:4], "inductor")
+    counts = torch._dynamo.utils.counters["stats"]
+    before = counts["unique_graphs"]
+    threads = [threading.Thread(target=fast, args=[images[:1]]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counts["unique_graphs"] == before + 1

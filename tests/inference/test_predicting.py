@@ -13,8 +13,12 @@ import timm
 import torch
 from PIL import Image
 
+from convmixer_timm import load_model, predict
 from convmixer_timm.cli import main
-from convmixer_timm.images import load_image
+from convmixer_timm.convmixer import WEIGHTS_DIR
+from convmixer_timm.images import ImageError, load_image
+
+from ..conftest import IMAGES
 
 IMAGE = "tests/images/cat/0000.jpg"
 
@@ -178,3 +182,122 @@ def test_list_shows_every_variant(capsys):
     assert "21.11" in row
     assert "3x224x224" in row
     assert "convmixer_768_32.in1k" in row
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("convmixer_128_4.e10_cifar10")
+
+
+def test_one_or_many_images_of_any_kind(model):
+    cat = IMAGES / "cat/0000.jpg"
+    picture = Image.open(cat)
+    array = np.asarray(picture.convert("RGB"))
+    mixed = [str(cat), cat, picture, array, array / 255, array.astype(np.uint16) * 257]
+    predictions = list(predict(model, mixed, topk=2))
+    assert [image for image, _ in predictions[:3]] == mixed[:3]
+    assert all(given is image for given, (image, _) in zip(mixed, predictions, strict=True))
+    first = predictions[0][1]
+    assert first[0][0] == "cat" and len(first) == 2
+    for _, classes in predictions:
+        assert [name for name, _ in classes] == [name for name, _ in first]
+        assert [p for _, p in classes] == pytest.approx([p for _, p in first], abs=1e-3)
+    for one in (str(cat), cat, picture, array):
+        [(given, classes)] = predict(model, one, topk=2)
+        assert given is one
+        assert dict(classes) == pytest.approx(dict(first), abs=1e-4)
+    assert [c[0][0] for _, c in predict(model, np.stack([array] * 3), batch_size=2)] == ["cat"] * 3
+    assert len(list(predict(model, iter([cat] * 5), batch_size=2))) == 5
+    folder = list(predict(model, IMAGES, topk=1))
+    assert len(folder) == 30 and folder[0][0] == IMAGES / "airplane/0000.jpg"
+    assert list(predict(model, [])) == []
+
+
+def test_predicting_leaves_the_model_in_its_mode(model):
+    other = timm.create_model("convmixer_128_4.e10_cifar10", pretrained=True).train()
+    other.stem.eval()
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    modes = [module.training for module in other.modules()]
+    image = IMAGES / "cat/0000.jpg"
+    assert next(predict(other, image)) == next(predict(model, image))
+    assert [module.training for module in other.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_predicting_in_bf16(model):
+    other = timm.create_model("convmixer_128_4.e10_cifar10", pretrained=True).bfloat16()
+    assert next(predict(other, IMAGES / "ship/0000.jpg"))[1][0][0] == "ship"
+
+
+def test_an_image_that_cannot_be_read_is_named(model, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    images = [tmp_path / "bad.jpg", IMAGES / "cat/0000.jpg", tmp_path / "gone.jpg"]
+    with pytest.raises(ImageError, match=r"bad.jpg: not an image that Pillow can read"):
+        list(predict(model, images))
+    failed = []
+    assert len(list(predict(model, images, on_error=lambda image, error: failed.append((image, str(error)))))) == 1
+    assert failed == [
+        (images[0], f"{images[0]}: not an image that Pillow can read"),
+        (images[2], f"{images[2]}: no such file"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (7, "images are paths, PIL images or arrays"),
+        (None, "images are paths, PIL images or arrays"),
+        ([7], "an image is a path, a PIL image or an array"),
+        (np.zeros((3, 32, 32)), r"got \[3, 32, 32\]"),
+        ([torch.zeros(1, 3, 32, 32)], r"got \[1, 3, 32, 32\]"),
+    ],
+)
+def test_what_is_no_image_is_said(model, images, message):
+    with pytest.raises(ValueError, match=message):
+        list(predict(model, images))
+    with pytest.raises(ValueError, match="topk and batch_size must be 1 or more, got 0 and 64"):
+        list(predict(model, [], topk=0))
+
+
+DAMAGED_CONFIGS = [
+    ("[" * 100_000, "doesn't describe a model to timm"),
+    ("[1]", "doesn't describe a model to timm"),
+    ("{}", "doesn't describe a model to timm"),
+    ('{"architecture": ["x"]}', "doesn't describe a model"),
+    ('{"architecture": "convmixer_9_9"}', "no architecture that timm or this package knows"),
+    ('{"architecture": "convmixer_128_4", "num_classes": 1000000000000}', "says num_classes 1000000000000"),
+    (
+        '{"architecture": "convmixer_128_4", "num_classes": 10, "model_args": {"depth": 99999999}}',
+        "says depth 99999999",
+    ),
+    ('{"architecture": "convmixer_128_4", "num_classes": 10, "model_args": {"dim": "x"}}', "doesn't describe a model"),
+    (
+        '{"architecture": "convmixer_128_4", "num_classes": 10, "model_args": {"nothing": 1}}',
+        "doesn't describe a model",
+    ),
+    (
+        '{"architecture": "convmixer_128_4", "num_classes": 10, "pretrained_cfg": {"input_size": [3, 99999, 99999]}}',
+        "no preprocessing of images can be made from input_size",
+    ),
+    ('{"architecture": "convmixer_128_4", "num_classes": 10, "pretrained_cfg": {"mean": [1]}}', "no preprocessing"),
+    (
+        '{"architecture": "convmixer_128_4", "num_classes": 10, "pretrained_cfg": {"crop_pct": 1e-9}}',
+        "no preprocessing",
+    ),
+]
+
+
+@pytest.mark.parametrize("content, message", DAMAGED_CONFIGS)
+def test_a_damaged_description_gets_one_line(content, message, tmp_path, capsys):
+    shutil.copy(WEIGHTS_DIR / "convmixer_128_4.e10_cifar10/model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    code, out, err = run(capsys, IMAGES / "cat", "--model", f"local-dir:{tmp_path}")
+    assert (code, out) == (1, "")
+    assert message in err and "config.json" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [{"num_classes": 0}, {"global_pool": ""}])
+def test_what_is_no_classifier_is_said(options):
+    with pytest.raises(ValueError, match="no classifier: the model gives"):
+        list(predict(timm.create_model("convmixer_128_4", **options), IMAGES / "cat/0000.jpg"))

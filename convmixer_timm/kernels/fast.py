@@ -1,0 +1,202 @@
+"""ConvMixer's layers in fewer passes over memory, and when that may be.
+
+Each class here goes in front of a layer of the architecture, whose `forward` says what is computed. Called on a CPU,
+the layer computes the same by the kernels of this folder, or at least in channels-last, where PyTorch's CPU operations
+are faster. Otherwise, or where somebody looks on (a tracer, a hook, a tensor subclass), its `forward` runs.
+"""
+
+from typing import TypeGuard
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import get_act_layer
+from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import build, memory, operators
+from .act_norm import act_norm
+from .depthwise import depthwise_conv2d
+from .spatial_mixing import spatial_mixing
+
+__all__ = ["Block", "ConvActNorm", "GlobalPool", "Residual", "as_given"]
+
+# timm's GELU is always the exact one; a user's own subclass may compute anything.
+_GELUS = (nn.GELU, get_act_layer("gelu"))
+
+
+class _Layer(nn.Module):
+    def __call__(self, x: Tensor) -> Tensor:
+        if _runs_here(x) and _untouched(self):
+            memory.keep_freed()
+            return self._fast(x.contiguous(memory_format=torch.channels_last))
+        return super().__call__(x)
+
+    def _fast(self, x: Tensor) -> Tensor:
+        """The layer of `x`, [N, C, H, W] in channels-last."""
+        raise NotImplementedError
+
+
+class ConvActNorm(_Layer):
+    """Before a sequence of convolution, activation and norm."""
+
+    def _fast(self, x):
+        return _conv_act_norm(x, *self)
+
+
+class Residual(_Layer):
+    """Before a module that adds its input to its `fn`, a `ConvActNorm`, with stochastic depth `drop_path`."""
+
+    def _fast(self, x):
+        if isinstance(self.fn, ConvActNorm) and _untouched(self.fn) and type(self.drop_path) is nn.Identity:
+            return _conv_act_norm(x, *self.fn, residual=True)
+        return self.drop_path(self.fn(x)) + x
+
+
+class Block(_Layer):
+    """Before a sequence of spatial mixing, convolution, activation and norm, without a residual around the latter."""
+
+    def _fast(self, x):
+        if self.residual:
+            return self.forward(x)
+        spatial, conv, act, norm = self
+        return _conv_act_norm(spatial(x), conv, act, norm)
+
+
+class GlobalPool(_Layer):
+    """Before timm's pooling. PyTorch's global average gives a gradient in channels-first, which the layer before has to
+    turn: a tenth of a step. Windows keep the layout; one over rows, then one over columns is faster than one over both,
+    and rounds less."""
+
+    def _fast(self, x):
+        if self.pool_type == "avg" and isinstance(self.flatten, nn.Flatten) and _untouched(self.pool):
+            return F.avg_pool2d(F.avg_pool2d(x, (1, x.shape[3])), (x.shape[2], 1)).flatten(1)
+        return self.forward(x)
+
+
+def as_given(features: Tensor, images: Tensor) -> Tensor:
+    """`features` in the memory format of `images`, where a layer before left it."""
+    if torch.jit.is_scripting():
+        return features
+    else:
+        if _runs_here(features) and images.is_contiguous():
+            return features.contiguous()
+        return features
+
+
+def _plain(t: Tensor) -> bool:
+    """Whether it is no subclass of a tensor, which would tell operations itself what to do."""
+    return type(t) in (Tensor, nn.Parameter)
+
+
+def _runs_here(x: Tensor) -> bool:
+    """Whether code that runs now, or is compiled, rather than is traced or transformed, works on a CPU with `x`."""
+    if not build.enabled() or not _plain(x) or torch.jit.is_tracing():
+        return False
+    if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled()):
+        return False  # an exported program is for anywhere; inference is left to the compiler
+    return x.device.type == "cpu" and x.dim() == 4 and x.numel() > 0 and not build.transformed()
+
+
+def _untouched(*modules: nn.Module) -> bool:
+    """Whether nobody hooks into the modules, compiles them or has put another `forward` in place of theirs: such a
+    module has to be called as it is."""
+    return not _has_any_global_hook() and not any(
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or m._compiled_call_impl is not None
+        or "forward" in m.__dict__
+        for m in modules
+    )
+
+
+def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, residual: bool = False) -> Tensor:
+    """``norm(act(conv(x)))``, plus `x` for a residual."""
+    if not _fuses(norm, act):
+        z = _convolution(x, conv)
+    elif _mixes(conv, x):
+        assert conv.bias is not None  # `_mixes`
+        y, mean, var = spatial_mixing(
+            x,
+            conv.weight.float(),
+            conv.bias.float(),
+            norm.weight.float(),
+            norm.bias.float(),
+            residual,
+            _is_gelu(act),
+            norm.eps,
+        )
+        _move_running_stats(norm, mean, var, x.numel() // x.shape[1])
+        return y
+    elif _takes(z := _convolution(x, conv)):
+        shortcut = x.to(z.dtype) if residual else None
+        y, mean, var = act_norm(z, norm.weight.float(), norm.bias.float(), _is_gelu(act), norm.eps, shortcut)
+        _move_running_stats(norm, mean, var, z.numel() // z.shape[1])
+        return y
+    z = act(z)  # each result frees the one before
+    z = norm(z)
+    return z + x if residual else z
+
+
+def _convolution(x: Tensor, conv: nn.Module) -> Tensor:
+    if _is_depthwise(conv) and torch.is_grad_enabled() and conv.weight.requires_grad:
+        return depthwise_conv2d(x, conv.weight, conv.bias)
+    return conv(x)
+
+
+def _is_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.groups == conv.in_channels == conv.out_channels
+        and (conv.padding, conv.stride, conv.dilation, conv.padding_mode) == ("same", (1, 1), (1, 1), "zeros")
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and _plain(conv.weight)
+        and _untouched(conv)
+    )
+
+
+def _mixes(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether `spatial_mixing` may stand for the convolution: one that trains and would compute in the type of `x`."""
+    if not _is_depthwise(conv) or conv.bias is None or not _takes(x) or not conv.weight.requires_grad:
+        return False
+    autocast = torch.is_autocast_enabled("cpu")
+    return x.dtype == (torch.get_autocast_dtype("cpu") if autocast else conv.weight.dtype)
+
+
+def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether `act_norm` may stand for ``norm(act(x))``: a BatchNorm2d in training, and exact GELU or ReLU."""
+    return (
+        torch.is_grad_enabled()
+        and type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and _plain(norm.weight)
+        and (type(act) is nn.ReLU or (type(act) in _GELUS and getattr(act, "approximate", "none") == "none"))
+        and _untouched(act, norm)
+        and build.available()
+    )
+
+
+def _takes(x: Tensor) -> bool:
+    """Whether the kernels take such a feature map; BatchNorm refuses a single value a channel, in its own words."""
+    return (
+        x.dtype in (torch.float32, torch.bfloat16) and x.shape[1] % operators.CHANNELS == 0 and x.numel() > x.shape[1]
+    )
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    return type(act) is not nn.ReLU
+
+
+@torch.no_grad()
+def _move_running_stats(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Moves `norm`'s running statistics by a batch's mean and biased variance, each [C] over `count` values."""
+    assert norm.momentum is not None and norm.running_mean is not None  # `_fuses`
+    assert norm.running_var is not None and norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)

@@ -1,0 +1,119 @@
+"""What went wrong with a transfer: the disk, rights, the network or the Hub."""
+
+import errno
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from convmixer_timm.convmixer import WEIGHTS_DIR
+from convmixer_timm.errors import HubError, local_cause, one_line, printable, transfer_reason
+from convmixer_timm.files import as_text
+from convmixer_timm.inference import download
+
+from ..conftest import IMAGES
+from .server import HubServer, Repo
+from .test_publish import environment
+
+SOURCE = WEIGHTS_DIR / "convmixer_128_4.e10_cifar10"
+SHIP = str(IMAGES / "ship/0000.jpg")
+
+
+@pytest.fixture
+def server(tmp_path):
+    (tmp_path / "server").mkdir()
+    server = HubServer(tmp_path / "server")
+    repo = server.repos["ann/cifar"] = Repo(private=False, owner="ann")
+    files = {name: server.store((SOURCE / name).read_bytes()) for name in ("config.json", "model.safetensors")}
+    repo.branches["main"] = repo.add(files)
+    yield server
+    server.shutdown()
+
+
+def predict(server, home, size=None):
+    """Predicts in a process that may not write files of more than `size` bytes."""
+
+    def limit():
+        if size:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    command = [sys.executable, "-m", "convmixer_timm", "predict", SHIP, "--model", "hf-hub:ann/cifar", "--topk", "1"]
+    done = subprocess.run(command, env=environment(server, home), capture_output=True, text=True, preexec_fn=limit)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_full_disk_is_no_network(server, tmp_path):
+    code, _, err = predict(server, tmp_path / "home", size=100_000)
+    assert code == 1
+    assert "file too large: free some space, or set HF_HOME to a folder on another disk" in err.splitlines()[-1]
+    code, out, err = predict(server, tmp_path / "home")
+    assert code == 0, err
+    assert "ship" in out
+
+
+def test_hf_home_that_is_no_folder(server, tmp_path):
+    (tmp_path / "file").touch()
+    for home in (tmp_path / "file", tmp_path / "file/deeper"):
+        code, _, err = predict(server, home)
+        line = f"ann/cifar: {tmp_path}/file is a file, so nothing can be put below it: set HF_HOME to a folder"
+        assert (code, err.splitlines()[-1]) == (1, f"convmixer-timm: error: {line}")
+
+
+def test_a_hub_that_does_not_answer_in_time(monkeypatch):
+    def late(*args, **kwargs):
+        raise LocalEntryNotFoundError("not found") from TimeoutError("timed out")
+
+    monkeypatch.setattr(download, "hf_hub_download", late)
+    with pytest.raises(HubError, match=r"ann/x is not in the cache, and .* didn't answer in time \(TimeoutError\)"):
+        download.download("ann/x")
+
+
+class Failed(Exception):
+    """As the clients' own, whatever the operating system said to them."""
+
+
+Failed.__module__ = "httpx._exceptions"
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: no space left on device: free some space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk quota exceeded: free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: permission denied: get the right to write"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), "/x: read-only file system: get the right to write"),
+        (OSError(errno.EMFILE, "Too many open files", "/x"), "this machine's, not the Hub's"),
+        (RuntimeError("Data error: No space left on device (os error 28)"), "no space left on device: free some"),
+        (caused(RuntimeError("while uploading"), OSError(errno.ENOSPC, "No space left")), "free some space"),
+        (caused(LocalEntryNotFoundError("not found"), OSError(errno.ENOSPC, "No space left")), "free some space"),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), "ConnectionResetError): check the connection"),
+        (caused(Failed(), PermissionError(errno.EPERM, "by a firewall")), "Failed): check the connection"),
+        (TimeoutError(), "within HF_HUB_DOWNLOAD_TIMEOUT, 10 s: try again later"),
+    ],
+)
+def test_causes(error, message):
+    assert message in transfer_reason(error)
+
+
+def test_what_was_handled_before_is_no_cause():
+    try:
+        try:
+            Path("/nowhere/at/all").read_bytes()
+        except FileNotFoundError:
+            raise ConnectionError("lost")  # noqa: B904
+    except ConnectionError as error:
+        assert local_cause(error) is None
+
+
+def test_text_for_terminals():
+    assert one_line("\x1b[1mbold\x1b[0m\n\t(1) two\x00 \udce9") == "bold (1) two\\x00 \\udce9"
+    assert printable("a  b\n猫") == "a  b\\n猫"
+    assert as_text("\udcc3\udcbcn\udcff") == "ün\\xff"

@@ -1,0 +1,15 @@
+import pytest
+import torch
+
+from convmixer_timm.kernels import build
+
+
+@pytest.fixture(params=["kernels", "no compiler"])
+def way(request, monkeypatch):
+    """Both what runs with the kernels and what runs on machines where they can't be built."""
+    torch.manual_seed(0)
+    if request.param == "no compiler":
+        monkeypatch.setattr(build, "library", lambda: None)
+    elif build.library() is None:
+        pytest.skip("no C++ compiler with OpenMP on this machine")
+    return request.param

@@ -1,0 +1,145 @@
+"""Building, caching and loading the kernels, and what glibc is told."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from convmixer_timm import ConvMixer, files
+from convmixer_timm.kernels import build, memory, operators
+
+from .helpers import needs_compiler
+
+LOADS = "from convmixer_timm.kernels.build import library; assert library() is not None"
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+@pytest.fixture
+def fresh():
+    build.library.cache_clear()
+    yield
+    build.library.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+def test_a_failed_build_is_a_warning_that_says_what_to_do(fresh, monkeypatch, tmp_path, caplog, compiler):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            assert not build.available()
+    (record,) = caplog.records
+    assert "Install g++" in record.message and compiler in record.message
+    assert not list((tmp_path / "convmixer-timm").iterdir())
+    ConvMixer(32, 1, 3, 2)(torch.randn(2, 3, 8, 8)).sum().backward()
+    x, c = torch.randn(2, 32, 4, 4), torch.ones(32)
+    with pytest.raises(RuntimeError, match="could not be built"):
+        operators.act_norm(x, None, c, c, True, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def library_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    python(LOADS, XDG_CACHE_HOME=str(folder))
+    (built,) = (folder / "convmixer-timm").iterdir()
+    return built
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["empty", "half", "a flipped bit", "another machine's", "folder"])
+def test_a_damaged_cache_is_built_anew(library_file, tmp_path, damage):
+    content = library_file.read_bytes()
+    built = tmp_path / "convmixer-timm" / library_file.name
+    built.parent.mkdir()
+    wrong = bytearray(content)
+    wrong[len(wrong) // 2] ^= 1
+    foreign = bytearray(content[:-32])
+    foreign[18:20] = (183).to_bytes(2, "little")  # e_machine: AArch64
+    if damage == "folder":
+        built.mkdir()
+    elif damage == "another machine's":
+        built.write_bytes(foreign + build.hashlib.sha256(foreign).digest())
+    else:
+        built.write_bytes({"empty": b"", "half": content[: len(content) // 2], "a flipped bit": wrong}[damage])
+    python(LOADS, XDG_CACHE_HOME=str(tmp_path))
+    assert built.read_bytes() == content
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").touch()  # no folder can be made below it, whoever runs this
+    python(LOADS, XDG_CACHE_HOME=str(tmp_path / "file"))
+
+
+def test_without_a_home_directory_it_builds_in_a_folder_of_its_own(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(files.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    folder = files.cache_dir()
+    assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0
+    assert folder == files.cache_dir()
+
+
+# ---- the allocator ----
+
+TELLS = """
+import ctypes, torch
+from convmixer_timm import ConvMixer, set_fast_training
+from convmixer_timm.kernels import memory
+ConvMixer(32, 1, 3, 2)(torch.randn(2, 3, 8, 8)).sum().backward()
+print(memory._tell_glibc.cache_info().currsize and memory.keep_freed())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr") or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="no glibc")
+@pytest.mark.parametrize(
+    "environment, told",
+    [
+        ({}, "True"),
+        ({"CONVMIXER_TIMM_FAST": "0"}, "0"),
+        ({"MALLOC_TRIM_THRESHOLD_": "100000"}, "False"),
+        ({"MALLOC_TOP_PAD_": "100000"}, "False"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_max=1"}, "False"),
+        ({"GLIBC_TUNABLES": "glibc.pthread.rseq=1"}, "True"),
+    ],
+)
+def test_glibc_is_told_at_the_first_step_unless_the_user_chose(environment, told):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD", "CONVMIXER"))}
+    out = subprocess.run(
+        [sys.executable, "-c", TELLS], check=True, capture_output=True, text=True, env={**clean, **environment}
+    )
+    assert out.stdout.strip() == told
+
+
+def test_another_allocator_is_left_alone():
+    assert memory._chosen({"LD_PRELOAD": "/usr/lib/libtcmalloc.so.4"})
+    assert memory._chosen({"LD_PRELOAD": "/usr/lib/libjemalloc.so"})
+    assert not memory._chosen({"LD_PRELOAD": "/usr/lib/libiomp5.so"})
+
+
+PAGE_FAULTS = """
+import resource, sys, torch
+from convmixer_timm import ConvMixer, set_fast_training
+set_fast_training(sys.argv[1] == "on")
+model, x = ConvMixer(64, 2, 5, 2), torch.randn(64, 3, 32, 32)
+for step in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(x).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr") or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="no glibc")
+def test_a_later_step_gets_no_new_memory():
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD", "CONVMIXER"))}
+    faults = {
+        switch: int(subprocess.check_output([sys.executable, "-c", PAGE_FAULTS, switch], env=clean, text=True))
+        for switch in ("on", "off")
+    }
+    assert faults["on"] < 200 < faults["off"]

@@ -1,0 +1,359 @@
+"""When a model's layers run on the kernels, and that nobody sees it but in the time."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models.convmixer import ConvMixer as TimmConvMixer
+
+from convmixer_timm import ConvMixer, set_fast_training
+from convmixer_timm.kernels import fast
+
+from .helpers import needs_compiler, relative
+
+
+def small_model(cls=ConvMixer, **kwargs):
+    torch.manual_seed(1)
+    return cls(32, 2, kernel_size=5, patch_size=2, num_classes=10, **kwargs)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the layers ran on the fused kernels and on the depthwise weight gradient: a list of names."""
+    names = []
+    for name in ("act_norm", "spatial_mixing", "depthwise_conv2d"):
+        function = getattr(fast, name)
+
+        def counted(*args, _name=name, _function=function):
+            names.append(_name)
+            return _function(*args)
+
+        monkeypatch.setattr(fast, name, counted)
+    return names
+
+
+# ---- the whole model in training ----
+
+
+def train_step(model, x, autocast=True):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = F.cross_entropy(model(x), torch.arange(len(x)) % 10)
+    loss.backward()
+    return loss.item()
+
+
+def test_bf16_training_follows_fp32(way):
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 16, 16)
+    losses = {}
+    for autocast in (False, True):
+        torch.manual_seed(1)
+        model = ConvMixer(32, 3, 5, 2, num_classes=10)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+        losses[autocast] = []
+        for _ in range(20):
+            losses[autocast].append(train_step(model, x, autocast))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[True][-1] < 0.5 * losses[True][0]
+    assert losses[True] == pytest.approx(losses[False], rel=0.1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_checkpointing_frozen_layers_and_accumulation(way, autocast):
+    x = torch.randn(4, 3, 16, 16)
+    model = ConvMixer(32, 3, 5, 2, num_classes=10)
+    other = copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    for m in (model, other):
+        m.stem.requires_grad_(False)
+        m.blocks[0].requires_grad_(False)
+        train_step(m, x, autocast)
+        train_step(m, x, autocast)
+    assert model.stem[0].weight.grad is None
+    for a, b in zip(model.blocks[1:].parameters(), other.blocks[1:].parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_create_graph_works_under_autocast():
+    model = ConvMixer(32, 2, 3, 2, num_classes=10)
+    x = torch.randn(4, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).float().square().sum()
+    weight = model.blocks[0][0].fn[0].weight
+    (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+    first.square().sum().backward()
+    assert weight.grad.isfinite().all()
+    assert weight.grad.abs().sum() > 0
+
+
+# ---- without a flag ----
+
+
+@needs_compiler
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_plain_loop_runs_on_the_kernels(calls, memory_format, autocast):
+    model = small_model().to(memory_format=memory_format)
+    train_step(model, torch.randn(4, 3, 16, 16).to(memory_format=memory_format), autocast)
+    # stem, then a spatial and a channel mixing a layer; under autocast the stem's output is bf16 too
+    assert calls == ["act_norm", *["spatial_mixing", "act_norm"] * 2]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layouts_come_out_as_they_went_in(way, training):
+    model = small_model().train(training)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(4, 3, 16, 16).to(memory_format=memory_format).requires_grad_()
+        features, intermediates = model.forward_intermediates(x)
+        for t in (model.forward_features(x), features, *intermediates):
+            assert t.is_contiguous(memory_format=memory_format)
+        model(x).sum().backward()
+        assert x.grad.is_contiguous(memory_format=memory_format)
+    for p in model.parameters():
+        assert p.grad.stride() == p.stride()
+
+
+@needs_compiler
+def test_fp32_gradients_are_timms():
+    theirs, ours = small_model(TimmConvMixer), small_model()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(16, 3, 32, 32)
+    for model in (theirs, ours):
+        train_step(model, x, autocast=False)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert relative(a.grad, b.grad) < 1e-5
+    assert relative(ours(x), theirs(x)) < 1e-6
+
+
+def test_one_switch_turns_it_off(calls):
+    model, x = small_model(), torch.randn(2, 3, 16, 16)
+    try:
+        set_fast_training(False)
+        train_step(model, x)
+        assert not model.stem(x).is_contiguous(memory_format=torch.channels_last)
+    finally:
+        set_fast_training(True)
+    assert not calls
+    code = "from convmixer_timm.kernels import build; assert not build.enabled()"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CONVMIXER_TIMM_FAST": "0"})
+
+
+# ---- who looks on ----
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("mode", ["plain", "autocast", "pure"])
+def test_another_default_dtype_changes_no_gradient(way, default, mode):
+    """Lightning's precision "bf16-true" sets one. A model of that type alone is compared with timm's."""
+    x = torch.randn(8, 3, 16, 16)
+    torch.set_default_dtype(default)
+    try:
+        other = small_model() if mode == "pure" else small_model().float()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    other.load_state_dict(small_model().state_dict())
+    plain = small_model(TimmConvMixer).to(default) if mode == "pure" else small_model()
+    plain.load_state_dict(small_model().state_dict())
+    x = x.to(default) if mode == "pure" else x
+    train_step(plain, x, mode == "autocast")
+    torch.set_default_dtype(default)
+    try:
+        train_step(other, x, mode == "autocast")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(other.parameters(), plain.parameters(), strict=True):
+        assert a.grad.dtype == b.grad.dtype
+        if mode == "pure" and default != torch.float64:
+            assert relative(a.grad, b.grad) < 0.2
+        else:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fake_tensors_tracers_and_flop_counters_see_operators(autocast):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.randn(8, 3, 16, 16)
+    with FakeTensorMode():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = small_model()(torch.randn(8, 3, 16, 16)).sum()
+        loss.backward()
+    flops = []
+    for model in (small_model(TimmConvMixer), small_model()):
+        with FlopCounterMode(display=False) as counter:
+            train_step(model, x, autocast)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0
+
+    model, traced = small_model(), small_model()
+
+    def forward(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return traced(x)
+
+    graph = make_fx(forward)(x)
+    assert any("convmixer_timm" in str(node.target) for node in graph.graph.nodes)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.testing.assert_close(graph(x), model(x))
+
+
+def test_tensor_subclasses_keep_theirs(calls):
+    class Mine(torch.Tensor):
+        pass
+
+    output = small_model()(torch.randn(4, 3, 16, 16).as_subclass(Mine))
+    output.sum().backward()
+    assert type(output) is Mine and not calls
+
+
+def test_distributed_tensors():
+    code = """
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor, init_device_mesh
+from convmixer_timm import ConvMixer
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+mesh, x = init_device_mesh("cpu", (1,)), torch.randn(4, 3, 16, 16)
+model = distribute_module(ConvMixer(32, 2, 5, 2, num_classes=10), mesh)
+output = model(distribute_tensor(x, mesh, [Replicate()]))
+assert type(output) is DTensor
+output.to_local().sum().backward()
+model = ConvMixer(32, 2, 5, 2, num_classes=10)
+for block in model.blocks:
+    fully_shard(block)
+fully_shard(model)
+model(x).sum().backward()
+assert all(p.grad is not None for p in model.parameters())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Doubled(nn.GELU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Shifted(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Tripled(nn.Conv2d):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+@needs_compiler
+@pytest.mark.parametrize("where", ["act", "norm", "conv"])
+def test_a_subclass_of_a_layer_is_called(calls, where):
+    model = small_model()
+    fn = model.blocks[0][0].fn
+    if where == "act":
+        fn[1] = Doubled()
+    elif where == "norm":
+        fn[2] = Shifted(32)
+    else:
+        fn[0] = Tripled(32, 32, 5, groups=32, padding="same")
+    x = torch.randn(4, 32, 8, 8)
+    torch.testing.assert_close(model.blocks[0][0](x), model.blocks[0][0].forward(x), rtol=1e-4, atol=1e-4)
+    assert calls.count("spatial_mixing") == 0
+    train_step(model, torch.randn(4, 3, 16, 16))
+    assert calls.count("spatial_mixing") == 1  # the other layer
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize(
+    "name", ["stem", "blocks.0", "blocks.0.0", "blocks.0.0.fn", "blocks.0.0.fn.0", "blocks.0.3", "global_pool"]
+)
+def test_every_hook_is_called_and_changes_nothing_else(kind, name):
+    x, seen = torch.randn(4, 3, 16, 16), []
+    plain, hooked = small_model(), small_model()
+    getattr(hooked.get_submodule(name), f"register_{kind}_hook")(lambda *args: seen.append(args) and None)
+    for model in (plain, hooked):
+        train_step(model, x, autocast=False)
+    assert len(seen) == 1
+    for a, b in zip(hooked.parameters(), plain.parameters(), strict=True):
+        assert relative(a.grad, b.grad) < 1e-4
+
+
+def test_a_global_hook_sees_every_module():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        counts = []
+        for model in (small_model(TimmConvMixer), small_model()):
+            seen.clear()
+            train_step(model, torch.randn(8, 3, 16, 16))
+            counts.append({name: seen.count(name) for name in ("Conv2d", "GELU", "BatchNorm2d", "Residual", "Linear")})
+    finally:
+        handle.remove()
+    assert counts[0] == counts[1] and counts[1]["Conv2d"] == 5
+
+
+def test_a_forward_put_in_place_of_a_modules_own_is_called():
+    model = small_model()
+    model.blocks[1][0].fn[1].forward = torch.zeros_like
+    model.blocks[1][2].forward = torch.zeros_like
+    assert model(torch.randn(4, 3, 16, 16)).std(0).max() < 1e-6
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torchvisions_feature_extractor(training):
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = small_model().train(training)
+    x, seen = torch.randn(4, 3, 16, 16), []
+    model.blocks[1][0].fn.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(x)
+    features = create_feature_extractor(model, {"blocks.1.0.fn": "branch"})(x)["branch"]
+    torch.testing.assert_close(features, seen[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_depthwise_layer_is_a_plain_conv2d():
+    ours, theirs = small_model(), small_model(TimmConvMixer)
+    convolutions = [[m for m in model.modules() if isinstance(m, nn.Conv2d)] for model in (ours, theirs)]
+    for a, b in zip(*convolutions, strict=True):
+        assert type(a) is nn.Conv2d and repr(a) == repr(b)
+
+
+def test_float64_under_autocast_runs():
+    model = small_model().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(4, 3, 16, 16, dtype=torch.float64)).sum().backward()
+    assert model.blocks[0][0].fn[0].weight.grad.abs().sum() > 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("autocast", [False, True])
+def test_four_threads_train_alike_twice(autocast):
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        results = []
+        for _ in range(3):
+            model = small_model()
+            train_step(model, torch.randn(33, 3, 16, 16, generator=torch.Generator().manual_seed(0)), autocast)
+            results.append([p.grad for p in model.parameters()])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_of_the_kernels_is_exported_or_traced(training):
+    model, x = small_model().train(training), torch.randn(4, 3, 16, 16)
+    program = torch.export.export(model, (x,))
+    assert not any("convmixer_timm" in str(node.target) for node in program.graph.nodes)
+    for scripted in (torch.jit.trace(model, x, check_trace=False), torch.jit.script(model)):
+        assert "convmixer_timm::" not in str(scripted.inlined_graph)
+    assert "convmixer_timm" not in torch.fx.symbolic_trace(model).code
