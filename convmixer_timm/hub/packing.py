@@ -39,7 +39,7 @@ def pack(source: Source, target: Path, load_name: str | None = None) -> None:
             pictures = {}
         else:
             _save(source, folder)
-            pictures = _draw(source, folder)
+            pictures = draw_pictures(source, folder)
         card = make_card(source.model, target.name, load_name, source.training, source.evaluation, pictures)
         if source.card:
             card = adopt_card(rename_in_card(source.card, load_name), card)
@@ -75,7 +75,7 @@ def _mend_config(file: Path) -> None:
         file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _draw(source: Source, folder: Path) -> dict[str, str]:
+def draw_pictures(source: Source, folder: Path) -> dict[str, str]:
     """Draws what a card shows; gives file names and what they show."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no pictures in the card: pip install 'convmixer-timm[plot]' draws them", file=sys.stderr)

@@ -1,11 +1,13 @@
 """What holds a trained model, read: a packed folder, the output folder of a run of ``train.py``, a checkpoint file."""
 
 import csv
+import functools
 import re
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import timm
 import yaml
@@ -35,6 +37,9 @@ _ON_HUB = {
 }
 
 
+P = ParamSpec("P")
+
+
 @dataclass(frozen=True)
 class Source:
     """A trained model and what is known of it.
@@ -60,6 +65,22 @@ class Source:
     left_out: tuple[str, ...] = ()
 
 
+def _saying_damage(read: Callable[P, Source]) -> Callable[P, Source]:
+    """Lets what a damaged source breaks in reading it be the source's error: a ValueError."""
+
+    @functools.wraps(read)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Source:
+        try:
+            return read(*args, **kwargs)
+        except (OSError, ValueError, RuntimeError):
+            raise
+        except Exception as error:  # of YAML and CSV, of values that are missing or of another type
+            raise ValueError(f"{args[0]} is damaged: {type(error).__name__}: {error}") from error
+
+    return checked
+
+
+@_saying_damage
 def read_source(path: Path, architecture: str | None = None, labels: list[str] | None = None) -> Source:
     """Reads whatever holds a trained model.
 
@@ -118,6 +139,7 @@ def read_checkpoint_file(file: Path, architecture: str, labels: list[str] | None
     return Source(model, _fitting(labels, model))
 
 
+@_saying_damage
 def read_run(
     run: Path,
     *,
