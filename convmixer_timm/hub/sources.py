@@ -243,7 +243,7 @@ def _model(file: Path, name: str, args: dict[str, Any], state_dict: StateDict) -
 def _fitting(labels: list[str] | None, model: Any) -> list[str] | None:
     if labels is not None:
         check_labels(labels, model.num_classes)
-    return None if labels is None else [as_text(name) for name in labels]
+    return labels
 
 
 def _arguments(file: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
+from ..files import as_text
 from ..images import known_extensions, load_image
 
 __all__ = ["Data", "Split", "check_evaluation_data", "check_training_data"]
@@ -101,9 +102,9 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
             f"{max(1, train.images // processes)}"
         )
     return Data(
-        name=_name(args),
+        name=as_text(_name(args)),
         classes=train.classes,
-        splits={name: Split(r.place, r.images, r.digest()) for name, r in readings.items()},
+        splits={name: Split(as_text(r.place), r.images, r.digest()) for name, r in readings.items()},
         val_split=val_split,
         num_classes=train.count,
     )
@@ -235,7 +236,7 @@ def _name(args: Namespace) -> str:
 def _open(args: Namespace, split: str, where: str) -> Any:
     told = ("class_map", "input_key", "target_key", "seed")
     training = split == getattr(args, "train_split", None)
-    known_extensions()  # timm finds the images that this package reads
+    known_extensions()  # those of the training's reader
     numbers = "num_samples", "train_num_samples" if training else "val_num_samples"
     try:
         return create_dataset(
@@ -287,6 +288,7 @@ def _class_names(reader: Any) -> tuple[list[str] | None, int | None]:
         if len(names) != count:  # ImageNet's classes have several names each
             names = getattr(reader, "classes", [])
         told = [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+        told = [as_text(name) for name in told]
         return (told, count) if len(told) == count else (None, count)
     if hasattr(reader, "iter_targets"):
         targets = [target for target in reader.iter_targets() if isinstance(target, int)]

@@ -27,7 +27,7 @@ DEFAULTS = {
 
 def make_images(folder, n=3, seed=0):
     folder.mkdir(parents=True)
-    colours = random.Random(f"{folder.name}{seed}")
+    colours = random.Random(ascii(folder.name) + str(seed))
     for i in range(n):
         Image.new("RGB", (8, 8), tuple(colours.randrange(256) for _ in range(3))).save(folder / f"{i}.png")
 
@@ -175,6 +175,12 @@ def test_torchvisions_data_sets(tmp_path):
         check(tmp_path, dataset="torch/cifar10")
     with pytest.raises(ValueError, match="torch/nothing"):
         check(tmp_path, dataset="torch/nothing")
+
+
+def test_names_from_an_ascii_locale_are_what_they_were(tmp_path):
+    data = check(make_data(tmp_path / "d\udcc3\udca4t\udcff", ["\udcc3\udcbcn", "b"]))
+    assert (data.name, data.classes) == ("dät\\xff", ["b", "ün"])
+    assert data.splits["train"].where.endswith("/dät\\xff/train")
 
 
 def test_several_names_a_class():
