@@ -355,20 +355,16 @@ def _inductor(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, _:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     network: Any = copy.deepcopy(model).to(memory_format=torch.channels_last, dtype=dtype)  # type: ignore[call-overload]
     compiled = torch.compile(network, dynamic=False if fixed else None, options={"freezing": True})
-    # PyTorch counts how often it compiles a function, not how often for one model, and gives up at 8.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # One call at a time, which has all cores anyway: of threads that check PyTorch's guards at once some fail them, and
+    # compile again, until it gives up compiling for good.
     lock = threading.Lock()
-    seen: set[int] = set()
 
     def run(x: torch.Tensor) -> torch.Tensor:
         x = x.to(dtype=dtype, memory_format=torch.channels_last)
         if not fixed and len(x) > 1:  # a batch of one is compiled by itself
             torch._dynamo.maybe_mark_dynamic(x, 0)
-        # Threads that meet a new size at once would each compile it.
-        with contextlib.nullcontext() if len(x) in seen else lock:
-            out = compiled(x).float()
-        seen.add(len(x))
-        return out
+        with lock:
+            return compiled(x).float()
 
     return run
 
