@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_model_data_config
 
+from .class_map import ClassMap
 from .loading import class_names
 from .optimize import TOLERANCES, calibration_batches, onnx_program, openvino_model, quiet, unavailable
 
@@ -30,6 +31,7 @@ def export(
     dynamic_batch: bool = False,
     calibration: Iterable | str | Path | None = None,
     labels: list[str] | None = None,
+    class_map: bool = False,
 ) -> dict[str, Any]:
     """Writes a model to a file, loads that back and compares its outputs before it gets its name.
 
@@ -45,6 +47,8 @@ def export(
         dynamic_batch: Take any number of images; else one.
         calibration: For int8, as for `convmixer_timm.optimize`.
         labels: Names of the classes; by default the model's own.
+        class_map: Add the class maps (`convmixer_timm.inference.class_map`) as a second output, for a model that has
+            them; in ONNX.
 
     Returns:
         The metadata.
@@ -59,6 +63,8 @@ def export(
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
     if precision not in FORMATS[format]:
         raise ValueError(f"{format} is written in {' or '.join(FORMATS[format])}, not in {precision!r}")
+    if class_map and format != "onnx":
+        raise ValueError(f"class maps are written in ONNX, not in {format}")
     if target.suffix != _SUFFIXES[format]:
         raise ValueError(f"a file of format {format} must end in {_SUFFIXES[format]}, got {target}")
     if format != "torch-export":
@@ -77,7 +83,7 @@ def export(
     if not dynamic_batch:
         example = example[:1]
     batches = list(calibration_batches(model, calibration)) if precision == "int8" else []
-    network = model.eval()
+    network = ClassMap(model.eval()) if class_map else model.eval()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary, quiet():
         file = Path(temporary) / target.name
@@ -90,14 +96,15 @@ def export(
     return metadata
 
 
-def _compare(model: nn.Module, found: Any, images: torch.Tensor, precision: str) -> None:
-    expected = model(images)
-    difference = ((torch.as_tensor(np.asarray(found)) - expected).abs().max() / expected.abs().max()).item()
-    if not difference <= TOLERANCES[precision]:
-        raise RuntimeError(
-            f"nothing written: the file's outputs differ by {difference:.2g} of the largest, more than "
-            f"{TOLERANCES[precision]}"
-        )
+def _compare(model: nn.Module, found: list[Any], images: torch.Tensor, precision: str) -> None:
+    outputs = model(images)
+    for value, expected in zip(found, outputs if isinstance(outputs, tuple) else (outputs,), strict=True):
+        difference = ((torch.as_tensor(np.asarray(value)) - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= TOLERANCES[precision]:
+            raise RuntimeError(
+                f"nothing written: the file's outputs differ by {difference:.2g} of the largest, more than "
+                f"{TOLERANCES[precision]}"
+            )
 
 
 def _onnx(model, example, file, precision, dynamic, batches, metadata):
@@ -119,7 +126,7 @@ def _run_onnx(file, images):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    return session.run(None, {session.get_inputs()[0].name: images.numpy()})
 
 
 def _openvino(model, example, file, precision, dynamic, batches, metadata):
@@ -134,7 +141,7 @@ def _openvino(model, example, file, precision, dynamic, batches, metadata):
 def _run_openvino(file, images):
     import openvino
 
-    return openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images.numpy())[0]
+    return openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images.numpy()).to_tuple()
 
 
 class _InBf16(nn.Module):
@@ -158,7 +165,7 @@ def _torch_export(model, example, file, precision, dynamic, batches, metadata):
 
 
 def _run_torch_export(file, images):
-    return torch.export.load(file).module()(images)
+    return [torch.export.load(file).module()(images)]
 
 
 _FORMATS = {
