@@ -149,8 +149,9 @@ function work() {
   // The browser compares every byte of the runtime with its hash before any of it runs. `import()` takes no hash, so
   // what was fetched and compared is imported from memory.
   async function verified({ file, integrity }) {
-    const response = await fetch(new URL(file, settings.runtime.base), { integrity });
-    if (!response.ok) throw new Error(`${file}: ${response.status} ${response.statusText}`);
+    const address = new URL(file, settings.runtime.base);
+    const response = await fetch(address, { integrity }).catch(() => ({ ok: false }));
+    if (!response.ok) throw new Error(`${address.href} is out of reach, or not the file that this page was made with.`);
     return response.arrayBuffer();
   }
 
@@ -168,17 +169,17 @@ function work() {
 
   async function loadModel() {
     const response = await fetch(new URL(settings.model.file, settings.base));
-    if (!response.ok) throw new Error(`${settings.model.file}: ${response.status} ${response.statusText}`);
+    if (!response.ok) throw new Error(`${settings.model.file}: ${response.status} ${response.statusText}.`);
     const content = new Uint8Array(settings.model.bytes);
     const reader = response.body.getReader();
     let count = 0;
     for (let part = await reader.read(); !part.done; part = await reader.read()) {
-      if (count + part.value.length > content.length) throw new Error(`${settings.model.file} is another model's`);
+      if (count + part.value.length > content.length) throw new Error(`${settings.model.file} is another model's.`);
       content.set(part.value, count);
       count += part.value.length;
       postMessage({ type: "loading", what: "the model", share: count / content.length });
     }
-    if (count < content.length) throw new Error(`${settings.model.file} ends too early`);
+    if (count < content.length) throw new Error(`${settings.model.file} ends too early.`);
     return content;
   }
 
@@ -194,12 +195,16 @@ function work() {
     return session.run({ images });
   }
 
+  async function bestEngine() {
+    if (settings.precision === "int8") return "wasm"; // WebGPU has no int8 convolutions
+    const adapter = await navigator.gpu?.requestAdapter();
+    return adapter && !adapter.info?.isFallbackAdapter ? "webgpu" : "wasm"; // no graphics card that is only emulated
+  }
+
   async function load() {
     const model = loadModel();
     model.catch(() => {}); // it is awaited below, after the runtime
-    // int8 operations are the processor's: on the graphics card most of them would be computed in fp32.
-    const gpu = settings.engine !== "wasm" && settings.precision === "fp32" && (await navigator.gpu?.requestAdapter());
-    let engine = gpu ? "webgpu" : "wasm";
+    let engine = settings.engine ?? (await bestEngine());
     try {
       await start(engine, model);
     } catch (error) {
@@ -253,7 +258,7 @@ function show() {
   const state = $("#state");
   const results = $("#results");
   const cards = new Map(); // by id, those that wait for their answer
-  let worker, dead, count = 0;
+  let worker, dead, idle, count = 0;
 
   const say = (text, share) => {
     $("span", state).textContent = text;
@@ -327,6 +332,7 @@ function show() {
 
   async function addAll(files) {
     for (const file of files) await add(file);
+    results.firstElementChild?.scrollIntoView({ block: "nearest" });
   }
 
   // Answers
@@ -370,8 +376,8 @@ function show() {
       heat(one.index, label(one));
     }
 
-    say(`${name}: ${label(ranked[0])}, ${percent(ranked[0].p)}`);
-    if (!cards.size) setTimeout(() => cards.size || say(""), 4000);
+    $("#heard").textContent = `${name}: ${label(ranked[0])}, ${percent(ranked[0].p)}`;
+    say(cards.size ? `${cards.size} to go …` : idle);
     card.classList.add("done");
     document.dispatchEvent(new CustomEvent("classified", { detail: { name, logits, maps, place, milliseconds: ms } }));
   }
@@ -400,7 +406,7 @@ function show() {
 
     const toggle = $(".toggle", card);
     toggle.hidden = false;
-    toggle.onclick = () => {
+    toggle.onclick = $(".stage", card).onclick = () => {
       canvas.hidden = !canvas.hidden;
       toggle.ariaPressed = String(!canvas.hidden);
     };
@@ -415,8 +421,8 @@ function show() {
     };
   }
 
-  // From a veil of night over violet and orange to a clear yellow.
-  const STOPS = [[22, 12, 48, 150], [96, 24, 110, 150], [214, 68, 60, 140], [252, 150, 24, 130], [255, 236, 120, 120]];
+  // From a shade, so that the picture stays what it is, over red to a bright yellow.
+  const STOPS = [[0, 0, 0, 105], [90, 14, 20, 105], [215, 60, 20, 125], [255, 150, 20, 150], [255, 240, 120, 170]];
   function glow(value) {
     const at = Math.max(0, Math.min(1, value)) * (STOPS.length - 1);
     const i = Math.min(Math.floor(at), STOPS.length - 2);
@@ -443,15 +449,17 @@ function show() {
       if (data.type === "loading") say(`Loading ${data.what} …`, data.share ?? null);
       if (data.type === "ready") {
         document.documentElement.dataset.engine = data.engine;
-        say(`Ready, on ${ENGINES[data.engine]}.`);
+        idle = `Runs on ${ENGINES[data.engine]}.`;
+        say(cards.size ? `${cards.size} to go …` : idle);
       }
       if (data.type === "answer") answer(data);
       if (data.type === "unreadable" && name) fail(data.id, `${name} is damaged, or no image that this browser can read.`);
       if (data.type === "failed" && name) fail(data.id, `${name} could not be classified: ${data.message}`);
       if (data.type === "failed" && data.id === undefined) stop(`The model could not be loaded: ${data.message}`);
     };
-    worker.onerror = (event) => stop(`The model could not be loaded: ${event.message ?? "this browser is too old"}`);
-    const engine = new URLSearchParams(location.search).get("engine"); // ?engine=wasm leaves WebGPU out
+    worker.onerror = (event) => stop(`The model could not be loaded: ${event.message ?? "this browser is too old."}`);
+    const asked = new URLSearchParams(location.search).get("engine"); // ?engine=wasm leaves WebGPU out
+    const engine = asked in ENGINES ? asked : undefined;
     const base = document.baseURI;
     const runtime = { ...settings.runtime, base: new URL(settings.runtime.base, base).href };
     worker.postMessage({ type: "load", settings: { ...settings, runtime, base, engine } });

@@ -200,9 +200,12 @@ def _write_examples(paths: Iterable[str | Path], folder: Path) -> list[dict[str,
 
 
 def _lede(labels: list[str], maps: bool) -> str:
-    known = f"{', '.join(labels[:-1])} or {labels[-1]}" if 1 < len(labels) <= 12 else f"one of {len(labels)} classes"
-    looks = " and shows where it looks" if maps else ""
-    return f"This model takes a picture for {known}{looks}. It runs in your browser, on your own device."
+    if 1 < len(labels) <= 12:
+        knows = f"tells {', '.join(labels[:-1])} and {labels[-1]} apart"
+    else:
+        knows = f"knows {len(labels):,} classes"
+    looks = ", and shows where it looks" if maps else ""
+    return f"It {knows}{looks}. It runs in your browser: your pictures stay on your device."
 
 
 def _facts(name: str, model: Any, metadata: dict[str, Any], link: str | None) -> list[tuple[str, str]]:
