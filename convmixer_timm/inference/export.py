@@ -96,9 +96,10 @@ def export(
     return metadata
 
 
-def _compare(model: nn.Module, found: list[Any], images: torch.Tensor, precision: str) -> None:
+def _compare(model: nn.Module, found: Any, images: torch.Tensor, precision: str) -> None:
     outputs = model(images)
-    for value, expected in zip(found, outputs if isinstance(outputs, tuple) else (outputs,), strict=True):
+    pairs = zip(found, outputs, strict=True) if isinstance(outputs, tuple) else [(found, outputs)]
+    for value, expected in pairs:
         difference = ((torch.as_tensor(np.asarray(value)) - expected).abs().max() / expected.abs().max()).item()
         if not difference <= TOLERANCES[precision]:
             raise RuntimeError(
@@ -126,7 +127,8 @@ def _run_onnx(file, images):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _openvino(model, example, file, precision, dynamic, batches, metadata):
@@ -141,7 +143,7 @@ def _openvino(model, example, file, precision, dynamic, batches, metadata):
 def _run_openvino(file, images):
     import openvino
 
-    return openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images.numpy()).to_tuple()
+    return openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images.numpy())[0]
 
 
 class _InBf16(nn.Module):
@@ -165,7 +167,7 @@ def _torch_export(model, example, file, precision, dynamic, batches, metadata):
 
 
 def _run_torch_export(file, images):
-    return [torch.export.load(file).module()(images)]
+    return torch.export.load(file).module()(images)
 
 
 _FORMATS = {

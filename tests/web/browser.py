@@ -28,6 +28,15 @@ def need_browser() -> None:
 class _Quiet(SimpleHTTPRequestHandler):
     """The standard library's file server: no header beyond the usual, as static hosting has it."""
 
+    def __init__(self, *args, headers=None, **kwargs):
+        self._added = headers or {}
+        super().__init__(*args, **kwargs)
+
+    def end_headers(self):
+        for name, value in self._added.items():
+            self.send_header(name, value)
+        super().end_headers()
+
     def log_message(self, format, *args):
         pass
 
@@ -87,8 +96,10 @@ class Browser:
     def outside(self) -> list[str]:
         return [address for address in self._proxy.wanted if not any(host in address for host in _ITS_OWN)]
 
-    def serve(self, folder: Path) -> str:
-        server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
+    def serve(self, folder: Path, headers: dict[str, str] | None = None) -> str:
+        """The address of a folder."""
+        handler = functools.partial(_Quiet, directory=str(folder), headers=headers)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self._servers.append(server)
         return f"http://127.0.0.1:{server.server_address[1]}/"
