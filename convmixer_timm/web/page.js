@@ -6,7 +6,7 @@
 //
 // A browser's own resizing differs from Pillow's: it is another filter in each browser, often without enough support
 // when it shrinks much. So the pixels are read as they are and resampled here, in Pillow's arithmetic: the filter is
-// widened by the scale, its weights are rounded to 22 bits, and the rows are rounded to 8 bits before the columns.
+// widened by the scale, its weights are rounded to 22 bits, and one direction is rounded to 8 bits before the other.
 
 const sinc = (x) => (x === 0 ? 1 : Math.sin(Math.PI * x) / (Math.PI * x));
 const FILTERS = {
@@ -83,57 +83,62 @@ function preprocess(bitmap, settings) {
   const place = geometry(bitmap.width, bitmap.height, settings);
   const columns = taps(bitmap.width, place.size[0], place.left, place.width, settings.interpolation);
   const rows = taps(bitmap.height, place.size[1], place.top, place.height, settings.interpolation);
-  const used = rows.filter((row) => row.weights.length);
-  const begin = Math.min(...used.map((row) => row.from));
-  const end = Math.max(...used.map((row) => row.from + row.weights.length));
 
-  // Row by row into the new width, reading a strip at a time: a whole photograph may be too much for a canvas.
-  const narrow = new Uint8Array((end - begin) * place.width * channels);
-  const strip = Math.max(1, Math.min(end - begin, Math.floor(2 ** 20 / bitmap.width)));
-  const canvas = new OffscreenCanvas(bitmap.width, strip);
-  const context = canvas.getContext("2d", { willReadFrequently: true });
+  // Along the rows first; along the columns first where that drops many more lines, as in Pillow from version 13.
+  const dropped = bitmap.height - place.size[1];
+  const tall = dropped > 0 && dropped > 2 * (bitmap.width - place.size[0]);
+  const [first, second, length] = tall ? [rows, columns, bitmap.height] : [columns, rows, bitmap.width];
+  const used = second.filter((tap) => tap.weights.length);
+  const begin = Math.min(...used.map((tap) => tap.from));
+  const end = Math.max(...used.map((tap) => tap.from + tap.weights.length));
+
+  // A strip of lines at a time: a whole photograph may be too much for a canvas.
+  const stride = first.length * channels;
+  const half = new Uint8Array((end - begin) * stride);
+  const strip = Math.max(1, Math.min(end - begin, Math.floor(2 ** 20 / length)));
+  const [width, height] = tall ? [strip, length] : [length, strip];
+  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   context.globalCompositeOperation = "copy";
   context.imageSmoothingEnabled = false;
-  for (let top = begin; top < end; top += strip) {
-    context.drawImage(bitmap, 0, -top);
-    const count = Math.min(strip, end - top);
-    const pixels = context.getImageData(0, 0, bitmap.width, count).data;
+  const [step, next] = tall ? [4 * width, 4] : [4, 4 * width]; // from pixel to pixel, and from line to line
+  for (let at = begin; at < end; at += strip) {
+    context.drawImage(bitmap, tall ? -at : 0, tall ? 0 : -at);
+    const pixels = context.getImageData(0, 0, width, height).data;
     if (channels === 1) {
       for (let i = 0; i < pixels.length; i += 4) {
         pixels[i] = (pixels[i] * 19595 + pixels[i + 1] * 38470 + pixels[i + 2] * 7471 + 0x8000) >> 16;
       }
     }
-    for (let y = 0; y < count; y++) {
-      let target = (top - begin + y) * place.width * channels;
-      for (const { from, weights } of columns) {
+    for (let line = 0; line < Math.min(strip, end - at); line++) {
+      let target = (at - begin + line) * stride;
+      for (const { from, weights } of first) {
         for (let c = 0; c < channels; c++) {
           let sum = 0;
-          let source = (y * bitmap.width + from) * 4 + c;
-          for (let k = 0; k < weights.length; k++, source += 4) sum += pixels[source] * weights[k];
-          narrow[target++] = to8bits(sum);
+          let source = line * next + from * step + c;
+          for (let k = 0; k < weights.length; k++, source += step) sum += pixels[source] * weights[k];
+          half[target++] = to8bits(sum);
         }
       }
     }
   }
 
-  // Then the columns, and the normalisation. What lies outside the picture is black, or with borders the mean.
+  // Then the other way, and the normalisation. What lies outside the picture is black, or with borders the mean.
   const { mean, std, crop_mode } = settings;
-  const area = place.width * place.height;
-  const out = new Float32Array(channels * area);
-  const stride = place.width * channels;
+  const out = new Float32Array(channels * place.width * place.height);
+  let target = 0;
   for (let c = 0; c < channels; c++) {
     const padding = crop_mode === "border" ? roundEven(255 * mean[c]) : 0;
     for (let y = 0; y < place.height; y++) {
-      const { from, weights } = rows[y];
       for (let x = 0; x < place.width; x++) {
         let value = padding;
-        if (weights.length && columns[x].weights.length) {
+        if (rows[y].weights.length && columns[x].weights.length) {
+          const [{ from, weights }, i] = tall ? [columns[x], y] : [rows[y], x];
           let sum = 0;
-          let source = (from - begin) * stride + x * channels + c;
-          for (let k = 0; k < weights.length; k++, source += stride) sum += narrow[source] * weights[k];
+          let source = (from - begin) * stride + i * channels + c;
+          for (let k = 0; k < weights.length; k++, source += stride) sum += half[source] * weights[k];
           value = to8bits(sum);
         }
-        out[c * area + y * place.width + x] = (value / 255 - mean[c]) / std[c];
+        out[target++] = (value / 255 - mean[c]) / std[c];
       }
     }
   }
@@ -357,6 +362,7 @@ function show() {
       const row = document.createElement("button");
       row.type = "button";
       row.disabled = !maps;
+      if (maps) row.ariaPressed = "false";
       for (const [kind, text] of [["name", label(one)], ["bar", ""], ["p", percent(one.p)]]) {
         const part = document.createElement("span");
         part.className = kind;
