@@ -97,15 +97,18 @@ def export(
 
 
 def _compare(model: nn.Module, found: Any, images: torch.Tensor, precision: str) -> None:
-    outputs = model(images)
-    pairs = zip(found, outputs, strict=True) if isinstance(outputs, tuple) else [(found, outputs)]
-    for value, expected in pairs:
-        difference = ((torch.as_tensor(np.asarray(value)) - expected).abs().max() / expected.abs().max()).item()
+    expected = model(images)
+    if isinstance(model, ClassMap):  # single positions are noisier than their mean, which int8's tolerance is for
+        (found, maps), (expected, expected_maps) = found, expected
+        difference = ((torch.as_tensor(maps) - expected_maps).norm() / expected_maps.norm()).item()
         if not difference <= TOLERANCES[precision]:
-            raise RuntimeError(
-                f"nothing written: the file's outputs differ by {difference:.2g} of the largest, more than "
-                f"{TOLERANCES[precision]}"
-            )
+            raise RuntimeError(f"nothing written: the file's class maps differ by {difference:.2g} of their norm")
+    difference = ((torch.as_tensor(np.asarray(found)) - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= TOLERANCES[precision]:
+        raise RuntimeError(
+            f"nothing written: the file's outputs differ by {difference:.2g} of the largest, more than "
+            f"{TOLERANCES[precision]}"
+        )
 
 
 def _onnx(model, example, file, precision, dynamic, batches, metadata):

@@ -17,7 +17,7 @@ const FILTERS = {
   bicubic: [2, (x) => {
     x = Math.abs(x);
     if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
-    return x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
+    return x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;
   }],
   lanczos: [3, (x) => (x >= -3 && x < 3 ? sinc(x) * sinc(x / 3) : 0)],
 };
@@ -25,14 +25,16 @@ const ONE = 2 ** 22;
 
 // For each of `count` output pixels from `first`: where its input pixels begin, and their weights.
 function taps(inSize, outSize, first, count, filter) {
-  if (filter === "nearest" || inSize === outSize) {
+  const scale = inSize / outSize;
+  if (filter === "nearest" || scale === 1) {
+    const nearest = [];
+    for (let i = 0, at = scale / 2; i < outSize; i++, at += scale) nearest.push(Math.trunc(at)); // it adds up, and so its errors
     return Array.from({ length: count }, (_, i) => {
-      const at = Math.floor((first + i + 0.5) * (inSize / outSize));
-      return { from: at, weights: first + i < 0 || first + i >= outSize ? [] : [ONE] };
+      const from = nearest[first + i];
+      return from === undefined ? { from: 0, weights: [] } : { from, weights: [ONE] };
     });
   }
   const [reach, weight] = FILTERS[filter];
-  const scale = inSize / outSize;
   const stretch = Math.max(scale, 1);
   const support = reach * stretch;
   return Array.from({ length: count }, (_, i) => {
