@@ -66,6 +66,7 @@ def _publish(args: argparse.Namespace) -> int:
         revision=args.revision,
         create_pr=args.create_pr,
         tag=args.tag,
+        page=args.page,
         dry_run=args.dry_run,
         timeout=args.timeout,
     )
@@ -187,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", metavar="BRANCH", help="made if it isn't there (main)")
     p.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     p.add_argument("--tag", help="name for the commit")
+    p.add_argument("--page", action="store_true", help="publish its page too, as a static Space of the same name")
     p.add_argument("--dry-run", action="store_true", help="show files and card, and send nothing")
     p.add_argument("--timeout", type=_positive, default=60, metavar="S", help="seconds for each answer (%(default)s)")
 

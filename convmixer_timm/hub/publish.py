@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from ..files import sha256
 from ..version import version
 from .cards import merge_cards
 from .packing import pack
+from .space import build_space, link_space, merge_space_cards
 
 __all__ = ["Publication", "publish"]
 
@@ -40,12 +41,14 @@ class Publication:
         card: The model card.
         url: The commit's or the pull request's page; empty for a dry run.
         changed: Whether there was anything new to send.
+        page: The same of its page, where that was asked for.
     """
 
     files: dict[str, int]
     card: str
     url: str = ""
     changed: bool = True
+    page: "Publication | None" = None
 
     def report(self) -> list[str]:
         """What happened, or would, as lines of text."""
@@ -57,7 +60,8 @@ class Publication:
                 "what people wrote into its own."
             )
         sizes = [f"{size:>12,}  {name}" for name, size in self.files.items()]
-        return [*sizes, last if self.changed else "Nothing to publish: the repository has all of it already."]
+        page = self.page.report() if self.page else []
+        return [*sizes, last if self.changed else "Nothing to publish: the repository has all of it already.", *page]
 
 
 def publish(
@@ -70,6 +74,7 @@ def publish(
     revision: str | None = None,
     create_pr: bool = False,
     tag: str | None = None,
+    page: bool = False,
     dry_run: bool = False,
     timeout: float = TIMEOUT,
 ) -> Publication:
@@ -88,6 +93,8 @@ def publish(
         revision: Branch, made where it isn't there; main by default.
         create_pr: Open a pull request instead of writing to the branch.
         tag: Name for the commit.
+        page: Then send the model's page (`convmixer_timm.page`) to a static Space of the same name, in one commit too;
+            the card links it.
         dry_run: Only pack and compare; nothing is sent or asked.
         timeout: Seconds to wait for each of the Hub's answers.
 
@@ -101,20 +108,30 @@ def publish(
     utils.validate_repo_id(repo_id)
     if create_pr and (tag or revision):
         raise ValueError("a pull request goes to the main branch and has no tag yet: leave out --revision and --tag")
+    if page and (create_pr or revision):
+        raise ValueError("a page shows the model of the main branch: leave out --revision and --create-pr, or --page")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / repo_id.split("/")[1]
         load_name = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
         model = pack(Path(source), folder, load_name, architecture, labels)
         _compare(model, folder)
+        space = Path(temporary) / "space" / folder.name
+        if page:
+            build_space(folder, space, repo_id)
+            card = folder / "README.md"
+            card.write_text(link_space(card.read_text(), repo_id))
         if dry_run:
-            return _publication(folder)
+            return _publication(folder, page=_publication(space) if page else None)
         if constants.HF_HUB_OFFLINE:
             raise HubError("HF_HUB_OFFLINE is set: unset it to publish")
         if get_token() is None:
             raise HubError("no Hugging Face token: run `hf auth login` with one that may write, or set HF_TOKEN")
         _limit_waiting(timeout)
         api = HfApi(library_name="convmixer-timm", library_version=version())
-        return _send(api, folder, repo_id, private, revision, create_pr, tag)
+        sent = _send(api, folder, repo_id, private, revision, create_pr, tag)
+        if page:
+            sent = replace(sent, page=_send(api, space, repo_id, private, repo_type="space"))
+        return sent
 
 
 def _compare(model: Any, folder: Path) -> None:
@@ -128,8 +145,13 @@ def _compare(model: Any, folder: Path) -> None:
 
 
 def _publication(folder: Path, **kwargs) -> Publication:
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    files = {name: path.stat().st_size for name, path in _files(folder).items()}
     return Publication(files, (folder / "README.md").read_text(), **kwargs)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files of a folder and of those in it, by their path there."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _limit_waiting(seconds: float) -> None:
@@ -150,8 +172,19 @@ def _limit_waiting(seconds: float) -> None:
 
 
 def _send(
-    api: HfApi, folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, tag: str | None
+    api: HfApi,
+    folder: Path,
+    repo_id: str,
+    private: bool,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    repo_type: str = "model",
 ) -> Publication:
+    space = repo_type == "space"
+    where = f"the Space {repo_id}" if space else repo_id
+    state = f"{repo_id} is published; its Space has no new commit" if space else f"{repo_id} has no new commit"
+
     def attempt(step: Callable[[], T], waits: tuple[int | None, ...] = (*_WAITS, None)) -> T:
         for wait in waits:
             try:
@@ -161,21 +194,25 @@ def _send(
                 if error is None:
                     raise
                 if wait is None or not _passes_by_itself(error):
-                    raise HubError(_advice(error, repo_id, f"{repo_id} has no new commit")) from raised
+                    raise HubError(_advice(error, repo_id, state)) from raised
                 print(f"{hub_reason(error)}; trying again in {wait} s", file=sys.stderr)
                 time.sleep(wait)
         raise AssertionError
 
-    attempt(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    if private and not attempt(lambda: api.repo_info(repo_id)).private:
-        raise HubError(f"{repo_id} is there and public: make it private in its settings first, or leave out --private")
+    sdk = {"space_sdk": "static"} if space else {}
+    attempt(lambda: api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, **sdk))
+    if private and not attempt(lambda: api.repo_info(repo_id, repo_type=repo_type)).private:
+        raise HubError(f"{where} is there and public: make it private in its settings first, or leave out --private")
     if revision:
         attempt(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    head = str(attempt(lambda: api.repo_info(repo_id, revision=revision)).sha)
+    head = str(attempt(lambda: api.repo_info(repo_id, revision=revision, repo_type=repo_type)).sha)
     card = folder / "README.md"
-    old = attempt(lambda: _old_card(repo_id, head))
+    old = attempt(lambda: _old_card(repo_id, head, repo_type))
     if old is not None:
-        card.write_text(merge_cards(card.read_text(), old))
+        try:
+            card.write_text((merge_space_cards if space else merge_cards)(card.read_text(), old))
+        except HubError as error:
+            raise HubError(f"{where}: {error}. {state}.") from error
     tagged = None
     if tag:
         refs = attempt(lambda: api.list_repo_refs(repo_id))
@@ -184,10 +221,11 @@ def _send(
         raise HubError(f"{repo_id} has a tag {tag}, on other content: choose another --tag. It has no new commit.")
 
     def commit():
-        operations = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+        operations = [CommitOperationAdd(name, path) for name, path in _files(folder).items()]
         return api.create_commit(
             repo_id,
             operations,
+            repo_type=repo_type,
             commit_message=f"Publish {folder.name} with convmixer-timm {version()}",
             revision=revision,
             create_pr=create_pr,
@@ -218,10 +256,11 @@ def _holds(api: HfApi, repo_id: str, commit: str, folder: Path) -> bool:
     return len(same) == len(files) and all(same)
 
 
-def _old_card(repo_id: str, commit: str) -> str | None:
+def _old_card(repo_id: str, commit: str, repo_type: str) -> str | None:
     with tempfile.TemporaryDirectory() as cache:
         try:
-            return Path(hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache)).read_text()
+            file = hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache, repo_type=repo_type)
+            return Path(file).read_text()
         except LocalEntryNotFoundError as error:  # the Hub didn't answer, and this cache is empty
             raise ConnectionError(str(error).splitlines()[0]) from error
         except EntryNotFoundError:

@@ -98,11 +98,11 @@ def export(
 
 def _compare(model: nn.Module, found: Any, images: torch.Tensor, precision: str) -> None:
     expected = model(images)
-    if isinstance(model, ClassMap):  # single positions are noisier than their mean, which int8's tolerance is for
-        (found, maps), (expected, expected_maps) = found, expected
-        difference = ((torch.as_tensor(maps) - expected_maps).norm() / expected_maps.norm()).item()
+    if isinstance(model, ClassMap):
+        (found, maps), (expected, _) = found, expected
+        difference = np.abs(maps.mean((2, 3)) - found).max() / np.abs(found).max()
         if not difference <= TOLERANCES[precision]:
-            raise RuntimeError(f"nothing written: the file's class maps differ by {difference:.2g} of their norm")
+            raise RuntimeError(f"nothing written: the class maps' mean differs from the logits by {difference:.2g}")
     difference = ((torch.as_tensor(np.asarray(found)) - expected).abs().max() / expected.abs().max()).item()
     if not difference <= TOLERANCES[precision]:
         raise RuntimeError(
@@ -121,6 +121,9 @@ def _onnx(model, example, file, precision, dynamic, batches, metadata):
         name = network.graph.input[0].name
         data = nncf.Dataset([{name: batch.numpy()} for batch in batches])
         network = nncf.quantize(network, data, subset_size=len(batches))
+    for part in (*network.graph.node, *network.graph.value_info):  # traces name this machine's folders
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
     onnx.helper.set_model_props(network, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.checker.check_model(network)
     onnx.save(network, file)

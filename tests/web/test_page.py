@@ -74,6 +74,8 @@ def test_model_file_gives_logits_and_class_maps(folder):
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["label_names"])[8] == "ship"
+    assert b"site-packages" not in (folder / "model.onnx").read_bytes()
+    assert str(WEIGHTS_DIR.parent).encode() not in (folder / "model.onnx").read_bytes()
     model = timm.create_model(NAME, pretrained=True).eval()
     image = image_loader(model)(IMAGES / "ship/0000.jpg")[None]
     logits, maps = map(torch.tensor, session.run(["logits", "maps"], {"images": image.numpy()}))
