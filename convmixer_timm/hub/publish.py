@@ -199,8 +199,8 @@ def _send(
                 time.sleep(wait)
         raise AssertionError
 
-    sdk = {"space_sdk": "static"} if space else {}
-    attempt(lambda: api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, **sdk))
+    sdk = "static" if space else None
+    attempt(lambda: api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk))
     if private and not attempt(lambda: api.repo_info(repo_id, repo_type=repo_type)).private:
         raise HubError(f"{where} is there and public: make it private in its settings first, or leave out --private")
     if revision:

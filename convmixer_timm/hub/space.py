@@ -45,7 +45,9 @@ def build_space(model_folder: Path, folder: Path, repo_id: str) -> None:
         models=[repo_id],
         short_description="An image classifier in your browser",
     )
-    text = f"# {folder.name}\n\n[{repo_id}]({address}), in the visitor's browser. Made by `convmixer-timm publish --page`."
+    text = (
+        f"# {folder.name}\n\n[{repo_id}]({address}), in the visitor's browser. Made by `convmixer-timm publish --page`."
+    )
     (folder / "README.md").write_text(_compose(data, f"{BEGIN}\n\n{text}\n\n{END}"), encoding="utf-8")
 
 

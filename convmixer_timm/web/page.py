@@ -90,9 +90,7 @@ def page(
     with atomic_path(target) as temporary:
         temporary.mkdir()
         maps = has_class_map(model)
-        metadata = export(
-            model, temporary / "model.onnx", "onnx", precision, calibration=calibration, class_map=maps
-        )
+        metadata = export(model, temporary / "model.onnx", "onnx", precision, calibration=calibration, class_map=maps)
         if metadata["interpolation"] not in _INTERPOLATIONS:
             known = ", ".join(_INTERPOLATIONS)
             raise ValueError(f"{name} wants images resized by {metadata['interpolation']!r}; a page can by {known}")
@@ -217,7 +215,7 @@ def _facts(name: str, model: Any, metadata: dict[str, Any], link: str | None) ->
     facts = [
         ("Architecture", escape(str(metadata["architecture"] or type(model).__name__))),
         ("Parameters", f"{parameters / 1e6:.2f} million, in {escape(metadata['precision'])}"),
-        ("Looks at", f"{width} × {height} pixels"),
+        ("Looks at", f"{width} &times; {height} pixels"),
     ]
     datasets = getattr(data, "datasets", None)
     if datasets:

@@ -1,6 +1,7 @@
 """A server on loopback that speaks as much of the Hugging Face Hub's protocol as its client needs to publish and load.
 
-A Space is kept under the name spaces:OWNER/NAME. It keeps real files: contents by their hash, and each commit as a table of paths. It can be told to fail at any step.
+It keeps real files: contents by their hash, and each commit as a table of paths. It can be told to fail at any step.
+A Space is kept under the name spaces:OWNER/NAME.
 Endpoints as huggingface_hub calls them (hf_api.py, _commit_api.py, lfs.py and file_download.py there).
 """
 
@@ -340,7 +341,8 @@ class _Handler(BaseHTTPRequestHandler):
                     raise Answer(400, f"the object of {value['path']} was not uploaded")
                 files[value["path"]] = value["oid"]
         oid = stored.add(files, head)
-        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo}/commit/{oid}"}
+        page = repo.replace(":", "/")
+        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{page}/commit/{oid}"}
         if "create_pr=1" in self.query:
             number = len(stored.pulls) + 1
             stored.pulls[f"refs/pr/{number}"] = oid

@@ -26,13 +26,16 @@ def test_page_and_model_link_each_other(server, client):  # noqa: F811
     assert f'href="{server.url}/ann/ships"' in html and "<title>ships</title>" in html
 
     card = SpaceCard(files["README.md"].decode())
-    assert card.data.to_dict().items() >= {
-        "title": "ships",
-        "sdk": "static",
-        "app_file": "index.html",
-        "license": "mit",
-        "models": ["ann/ships"],
-    }.items()
+    assert (
+        card.data.to_dict().items()
+        >= {
+            "title": "ships",
+            "sdk": "static",
+            "app_file": "index.html",
+            "license": "mit",
+            "models": ["ann/ships"],
+        }.items()
+    )
     model_card = server.files("ann/ships")["README.md"].decode()
     assert f"[Try it in your browser]({server.url}/spaces/ann/ships)" in model_card
     assert ModelCard(model_card).data.library_name == "timm"
@@ -40,7 +43,7 @@ def test_page_and_model_link_each_other(server, client):  # noqa: F811
     head = space.branches["main"]
     code, out, err = client("publish", SOURCE, "--repo-id", "ann/ships", "--page")
     assert code == 0, err
-    assert space.branches["main"] == head or server.files("spaces:ann/ships") == files  # the same content
+    assert space.branches["main"] == head and "Nothing to publish" in out
 
 
 def test_what_people_wrote_into_a_spaces_card_stays(server, client):  # noqa: F811

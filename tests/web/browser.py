@@ -118,8 +118,8 @@ class Browser:
         self.driver.get(url)
         self.driver.execute_script(
             """window.answers = [];
-            document.addEventListener("classified", ({ detail }) => answers.push({
-              ...detail, logits: [...detail.logits], maps: detail.maps && { ...detail.maps, data: [...detail.maps.data] } }));"""
+            document.addEventListener("classified", ({ detail: { logits, maps, ...rest } }) => answers.push({
+              ...rest, logits: [...logits], maps: maps && { ...maps, data: [...maps.data] } }));"""
         )
 
     def wait(self, script: str, seconds: float = 60):

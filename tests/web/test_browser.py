@@ -151,7 +151,9 @@ def test_a_visitor_reads_classes_probabilities_and_heat_map(page):
         (labels[i], f"{100 * p:.1f} %") for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
     assert [pressed for *_, pressed in rows] == ["true", *["false"] * 4]
-    assert "0000.jpg · 32 × 32 · " in page.text("figcaption") and page.text("figcaption").endswith(" ms")
+    assert "0000.jpg · 32 \N{MULTIPLICATION SIGN} 32 · " in page.text("figcaption") and page.text(
+        "figcaption"
+    ).endswith(" ms")
 
     # The map lies over the middle 28 of 32 pixels, and is brightest where PyTorch's is highest.
     assert heat_box(page) == pytest.approx([2 / 32, 2 / 32, 28 / 32, 28 / 32], abs=0.01)
@@ -286,17 +288,21 @@ def test_by_keyboard_alone(page):
     def press(*keys):
         page.driver.switch_to.active_element.send_keys(*keys)
 
+    def tab():
+        key = {"type": "keyDown", "key": "Tab", "code": "Tab", "windowsVirtualKeyCode": 9}
+        page.driver.execute_cdp_cmd("Input.dispatchKeyEvent", key)
+
     def focused(selector):
         return page.driver.execute_script("return document.activeElement.matches(arguments[0])", selector)
 
     for _ in range(10):
-        page.driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyDown", "key": "Tab", "code": "Tab", "windowsVirtualKeyCode": 9})
+        tab()
         if focused("#examples button:nth-of-type(2)"):
             break
     press(Keys.ENTER)
     page.answers(1)
     for _ in range(10):
-        page.driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyDown", "key": "Tab", "code": "Tab", "windowsVirtualKeyCode": 9})
+        tab()
         if focused("article li:nth-child(2) button"):
             break
     before = heat(page)
@@ -320,7 +326,7 @@ def test_on_a_phone(dark, browser, url, photographs):
     assert width <= PHONE["width"] and card > 0.85 * PHONE["width"]
     assert side == 0  # one below the other
     small = browser.driver.execute_script(
-        """return [...document.querySelectorAll("button")].filter((b) => b.offsetHeight && b.offsetHeight < 30).length"""
+        "return [...document.querySelectorAll('button')].filter((b) => b.offsetHeight && b.offsetHeight < 30).length"
     )
     assert small == 0
     ink, ground = browser.driver.execute_script(

@@ -125,7 +125,12 @@ def test_a_card_beside_the_model_gives_its_facts(tmp_path):
     )
     convmixer_timm.page(name, tmp_path / "page", link="https://example.org/m?a=1&b=2")
     html = (tmp_path / "page/index.html").read_text()
-    for said in ("cc-by-4.0", "moths", "81.5 %, on moths, &lt;validation&gt;", 'href="https://example.org/m?a=1&amp;b=2"'):
+    for said in (
+        "cc-by-4.0",
+        "moths",
+        "81.5 %, on moths, &lt;validation&gt;",
+        'href="https://example.org/m?a=1&amp;b=2"',
+    ):
         assert said in html
     (tmp_path / "model/README.md").write_text("---\nlicense: [\n---\n")  # a card that can't be read
     convmixer_timm.page(name, tmp_path / "page")
