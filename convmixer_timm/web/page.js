@@ -28,7 +28,7 @@ function taps(inSize, outSize, first, count, filter) {
   const scale = inSize / outSize;
   if (filter === "nearest" || scale === 1) {
     const nearest = [];
-    for (let i = 0, at = scale / 2; i < outSize; i++, at += scale) nearest.push(Math.trunc(at)); // it adds up, and so its errors
+    for (let i = 0, at = scale / 2; i < outSize; i++, at += scale) nearest.push(Math.trunc(at)); // added up, as Pillow does
     return Array.from({ length: count }, (_, i) => {
       const from = nearest[first + i];
       return from === undefined ? { from: 0, weights: [] } : { from, weights: [ONE] };
@@ -223,6 +223,7 @@ function work() {
   }
 
   async function answer({ id, file }) {
+    const begin = performance.now();
     let bitmap;
     try {
       // Colour profiles stay unused and transparency unmultiplied, as in Pillow; the camera's rotation is applied.
@@ -230,7 +231,6 @@ function work() {
     } catch {
       return postMessage({ type: "unreadable", id });
     }
-    const begin = performance.now();
     const { pixels, place } = preprocess(bitmap, settings);
     bitmap.close();
     const middle = performance.now();
