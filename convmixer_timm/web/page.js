@@ -359,7 +359,7 @@ function show() {
     $("figcaption", card).textContent = `${name} · ${size.width} × ${size.height} · ${milliseconds(ms.infer)}`;
     $("figcaption", card).title = `Prepared in ${milliseconds(ms.prepare)}, classified in ${milliseconds(ms.infer)}`;
 
-    const heat = maps && heatMap(card, maps, place, ranked[0].index);
+    const heat = maps && heatMap(card, maps, place, ranked.map(({ index }) => index));
     ranked.forEach((one, rank) => {
       const row = document.createElement("button");
       row.type = "button";
@@ -381,7 +381,7 @@ function show() {
 
     function choose(row, one) {
       for (const other of card.querySelectorAll("ol button")) other.ariaPressed = String(other === row);
-      heat(one.index, label(one));
+      heat(ranked.indexOf(one), label(one));
     }
 
     $("#heard").textContent = `${name}: ${label(ranked[0])}, ${percent(ranked[0].p)}`;
@@ -391,15 +391,14 @@ function show() {
   }
 
   // The classifier's word at each position, less its mean over the classes, as probabilities don't see that: what is
-  // left speaks for the class. All classes of a picture share one scale.
-  function heatMap(card, { data, height, width }, place, first) {
+  // left speaks for the class. The classes of a picture share one scale; those that aren't shown are forgotten.
+  function heatMap(card, { data, height, width }, place, shown) {
     const area = height * width;
     const mean = new Float32Array(area);
     const classes = data.length / area;
     for (let i = 0; i < data.length; i++) mean[i % area] += data[i] / classes;
-    const value = (index, at) => data[index * area + at] - mean[at];
-    let most = 1e-6;
-    for (let at = 0; at < area; at++) most = Math.max(most, value(first, at));
+    const evidence = shown.map((index) => mean.map((value, at) => data[index * area + at] - value));
+    const most = evidence[0].reduce((a, b) => Math.max(a, b), 1e-6);
 
     const canvas = $(".heat", card);
     canvas.width = width;
@@ -418,10 +417,10 @@ function show() {
       canvas.hidden = !canvas.hidden;
       toggle.ariaPressed = String(!canvas.hidden);
     };
-    return (index, label) => {
+    return (rank, label) => {
       const context = canvas.getContext("2d");
       const image = context.createImageData(width, height);
-      for (let at = 0; at < area; at++) image.data.set(glow(value(index, at) / most), 4 * at);
+      for (let at = 0; at < area; at++) image.data.set(glow(evidence[rank][at] / most), 4 * at);
       context.putImageData(image, 0, 0);
       canvas.hidden = false;
       toggle.ariaPressed = "true";

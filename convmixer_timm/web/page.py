@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+import yaml
 from huggingface_hub import ModelCard, constants, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from PIL import Image
@@ -250,7 +251,7 @@ def _card(name: str, model: Any) -> ModelCard | None:
     """The model's card; None where it has none that can be read."""
     scheme, _, location = name.rpartition(":")
     repo_id = _hub_id(name, model)
-    with contextlib.suppress(OSError, HTTPError, ValueError):
+    with contextlib.suppress(OSError, HTTPError, ValueError, yaml.YAMLError):
         if repo_id:
             revision = location.partition("@")[2] or None
             return ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision))
