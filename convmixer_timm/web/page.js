@@ -4,9 +4,9 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // From a picture to the model's input: what timm's evaluation transform does, with Pillow's resampling.
 //
-// A browser's own resizing differs from Pillow's: it is another filter in each browser, often without enough support
-// when it shrinks much. So the pixels are read as they are and resampled here, in Pillow's arithmetic: the filter is
-// widened by the scale, its weights are rounded to 22 bits, and one direction is rounded to 8 bits before the other.
+// A browser's own resizing differs from Pillow's, and each browser's is another; benchmarks/README.md says how far that
+// takes the answers. So the pixels are read as they are and resampled here, in Pillow's arithmetic: the filter is widened
+// by the scale, its weights are rounded to 22 bits, and one direction is rounded to 8 bits before the other.
 
 const sinc = (x) => (x === 0 ? 1 : Math.sin(Math.PI * x) / (Math.PI * x));
 const FILTERS = {
