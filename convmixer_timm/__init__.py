@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .inference.loading import class_names, load_model
     from .inference.optimize import optimize
     from .inference.predicting import predict
+    from .web.page import page
 
 __all__ = [
     "ConvMixer",
@@ -26,6 +27,7 @@ __all__ = [
     "export",
     "load_model",
     "optimize",
+    "page",
     "predict",
     "publish",
     "set_fast_training",
@@ -39,6 +41,7 @@ _ROOMS = {
     "export": "inference.export",
     "load_model": "inference.loading",
     "optimize": "inference.optimize",
+    "page": "web.page",
     "predict": "inference.predicting",
     "publish": "hub.publish",
 }

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def _publish(args: argparse.Namespace) -> int:
         revision=args.revision,
         create_pr=args.create_pr,
         tag=args.tag,
+        page=args.page,
         dry_run=args.dry_run,
         timeout=args.timeout,
     )
@@ -99,6 +101,23 @@ def _export(args: argparse.Namespace) -> int:
     )
     size = "x".join(map(str, ("N" if args.dynamic_batch else 1, *metadata["input_size"])))
     print(f"{args.output}: {args.model} as {args.format} in {args.precision} for images of {size}, outputs compared")
+    return 0
+
+
+def _page(args: argparse.Namespace) -> int:
+    from .web.page import page
+
+    files = page(
+        args.model,
+        args.output,
+        precision=args.precision,
+        calibration=args.calibration,
+        title=args.title,
+        examples=args.examples,
+        runtime=args.runtime,
+    )
+    print(*(f"{size:>12,}  {file}" for file, size in files.items()), sep="\n")
+    print(f"To look at it: python -m http.server --bind 127.0.0.1 --directory {shlex.quote(args.output)}")
     return 0
 
 
@@ -165,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", metavar="BRANCH", help="made if it isn't there (main)")
     p.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     p.add_argument("--tag", help="name for the commit")
+    p.add_argument("--page", action="store_true", help="publish its page too, as a static Space of the same name")
     p.add_argument("--dry-run", action="store_true", help="show files and card, and send nothing")
     p.add_argument("--timeout", type=_positive, default=60, metavar="S", help="seconds for each answer (%(default)s)")
 
@@ -181,6 +201,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dynamic-batch", action="store_true", help="for any number of images at a time (one)")
     p.add_argument("--calibration", metavar="DIR", help="images to choose int8's scales by")
     p.add_argument("-o", "--output", metavar="OUT", required=True, help="file: .onnx, .xml or .pt2")
+
+    p = command("page", _page, "Write a static page on which visitors try the model in their browsers.")
+    p.add_argument("model", metavar="MODEL", help="NAME, hf-hub:OWNER/NAME or local-dir:FOLDER")
+    p.add_argument("-o", "--output", metavar="FOLDER", default="page", help="(%(default)s)")
+    p.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="(%(default)s)")
+    p.add_argument("--calibration", metavar="DIR", help="images to choose int8's scales by")
+    p.add_argument("--title", help="of the page (the model's name)")
+    p.add_argument("--examples", nargs="+", metavar="IMAGE", help="pictures to try (the bundled ones, for CIFAR-10)")
+    p.add_argument("--runtime", metavar="FOLDER", help="npm's onnxruntime-web, to be part of the page (from a CDN)")
 
     def runner(name, run, what, help, rest):
         p = command(name, run, help)

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from ..version import version
 from .cards import merge_cards
 from .packing import pack
 from .sources import read_source
+from .space import build_space, link_space, merge_space_cards
 from .waiting import limit_waiting
 
 __all__ = ["Publication", "publish"]
@@ -43,6 +44,7 @@ class Publication:
         sent: Whether the Hub has it now; not after a dry run.
         url: The commit's or the pull request's page.
         changed: Whether there was anything new to send.
+        page: The same of its page, where that was asked for.
     """
 
     files: dict[str, int]
@@ -50,19 +52,22 @@ class Publication:
     sent: bool = False
     url: str = ""
     changed: bool = False
+    page: "Publication | None" = None
 
     def report(self) -> list[str]:
         """What happened, or would, as lines of text."""
         sizes = [f"{size:>12,}  {name}" for name, size in self.files.items()]
+        page = self.page.report() if self.page else []
         if not self.sent:
             return [
                 *sizes,
                 f"\n{self.card}\nNothing was sent. This is the card of a new repository: one that is there keeps",
                 "what people wrote into its own.",
+                *page,
             ]
         if not self.changed:
-            return [*sizes, "Nothing to publish: the repository has all of it already."]
-        return [*sizes, f"Published: {self.url}"]
+            return [*sizes, "Nothing to publish: the repository has all of it already.", *page]
+        return [*sizes, f"Published: {self.url}", *page]
 
 
 def publish(
@@ -75,6 +80,7 @@ def publish(
     revision: str | None = None,
     create_pr: bool = False,
     tag: str | None = None,
+    page: bool = False,
     dry_run: bool = False,
     timeout: float = TIMEOUT,
 ) -> Publication:
@@ -93,6 +99,8 @@ def publish(
         revision: Branch, made where it isn't there; main by default.
         create_pr: Open a pull request instead of writing to the branch.
         tag: Name for the commit.
+        page: Then send the model's page (`convmixer_timm.page`) to a static Space of the same name, in one commit too;
+            the card links it.
         dry_run: Only pack and compare; nothing is sent or asked.
         timeout: Seconds to wait for each of the Hub's answers; one that doesn't come by then ends it.
 
@@ -106,21 +114,31 @@ def publish(
     utils.validate_repo_id(repo_id)
     if create_pr and (tag or revision):
         raise ValueError("a pull request goes to the main branch and has no tag yet: leave out --revision and --tag")
+    if page and (create_pr or revision):
+        raise ValueError("a page shows the model of the main branch: leave out --revision and --create-pr, or --page")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / repo_id.split("/")[1]
         load_name = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
         found = read_source(Path(source), architecture, labels)
         pack(found, folder, load_name)
         _compare(found.model, folder)
+        space = Path(temporary) / "space" / folder.name
+        if page:
+            build_space(folder, space, repo_id)
+            card = folder / "README.md"
+            card.write_text(link_space(card.read_text(encoding="utf-8"), repo_id), encoding="utf-8")
         if dry_run:
-            return _publication(folder)
+            return _publication(folder, page=_publication(space) if page else None)
         if constants.HF_HUB_OFFLINE:
             raise HubError("HF_HUB_OFFLINE is set: unset it to publish")
         if get_token() is None:
             raise HubError("no Hugging Face token: run `hf auth login` with one that may write, or set HF_TOKEN")
         limit_waiting(timeout)
         api = HfApi(library_name="convmixer-timm", library_version=version())
-        return _send(api, folder, repo_id, private, revision, create_pr, tag)
+        sent = _send(api, folder, repo_id, private, revision, create_pr, tag)
+        if page:
+            sent = replace(sent, page=_send(api, space, repo_id, private, repo_type="space"))
+        return sent
 
 
 def _compare(model: Any, folder: Path) -> None:
@@ -134,39 +152,61 @@ def _compare(model: Any, folder: Path) -> None:
 
 
 def _publication(folder: Path, **kwargs) -> Publication:
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    files = {name: path.stat().st_size for name, path in _files(folder).items()}
     return Publication(files, (folder / "README.md").read_text(encoding="utf-8"), **kwargs)
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    """The files of a folder and of those in it, by their path there."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def _send(
-    api: HfApi, folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, tag: str | None
+    api: HfApi,
+    folder: Path,
+    repo_id: str,
+    private: bool,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    repo_type: str = "model",
 ) -> Publication:
+    space = repo_type == "space"
+    where = f"the Space {repo_id}" if space else repo_id
+    state = f"{repo_id} is published; its Space has no new commit" if space else f"{repo_id} has no new commit"
+
     def attempt(step: Callable[[], T], waits: tuple[int | None, ...] = (*_WAITS, None)) -> T:
         for wait in waits:
             try:
                 return step()
             except Exception as raised:
                 if (local := local_cause(raised)) is not None:
-                    raise HubError(f"{local_reason(local)}. {repo_id} has no new commit.") from raised
+                    raise HubError(f"{local_reason(local)}. {state}.") from raised
                 error = _cause(raised)
                 if error is None:
                     raise
                 if wait is None or not _passes_by_itself(error):
-                    raise HubError(_advice(error, repo_id, f"{repo_id} has no new commit")) from raised
+                    raise HubError(_advice(error, repo_id, state)) from raised
                 print(f"{hub_reason(error)}; trying again in {wait} s", file=sys.stderr)
                 time.sleep(wait)
         raise AssertionError
 
-    attempt(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    if private and not attempt(lambda: api.repo_info(repo_id)).private:
-        raise HubError(f"{repo_id} is there and public: make it private in its settings first, or leave out --private")
+    sdk = "static" if space else None
+    attempt(lambda: api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk))
+    if private and not attempt(lambda: api.repo_info(repo_id, repo_type=repo_type)).private:
+        raise HubError(f"{where} is there and public: make it private in its settings first, or leave out --private")
     if revision:
         attempt(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    head = str(attempt(lambda: api.repo_info(repo_id, revision=revision)).sha)
+    head = str(attempt(lambda: api.repo_info(repo_id, revision=revision, repo_type=repo_type)).sha)
     card = folder / "README.md"
-    old = attempt(lambda: _old_card(repo_id, head))
+    old = attempt(lambda: _old_card(repo_id, head, repo_type))
     if old is not None:
-        card.write_text(merge_cards(card.read_text(encoding="utf-8"), old), encoding="utf-8")
+        try:
+            card.write_text(
+                (merge_space_cards if space else merge_cards)(card.read_text(encoding="utf-8"), old), encoding="utf-8"
+            )
+        except HubError as error:
+            raise HubError(f"{where}: {error}. {state}.") from error
     tagged = None
     if tag:
         refs = attempt(lambda: api.list_repo_refs(repo_id))
@@ -175,10 +215,11 @@ def _send(
         raise HubError(f"{repo_id} has a tag {tag}, on other content: choose another --tag. It has no new commit.")
 
     def commit():
-        operations = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+        operations = [CommitOperationAdd(name, path) for name, path in _files(folder).items()]
         return api.create_commit(
             repo_id,
             operations,
+            repo_type=repo_type,
             commit_message=f"Publish {folder.name} with convmixer-timm {version()}",
             revision=revision,
             create_pr=create_pr,
@@ -209,12 +250,11 @@ def _holds(api: HfApi, repo_id: str, commit: str, folder: Path) -> bool:
     return len(same) == len(files) and all(same)
 
 
-def _old_card(repo_id: str, commit: str) -> str | None:
+def _old_card(repo_id: str, commit: str, repo_type: str) -> str | None:
     with tempfile.TemporaryDirectory() as cache:
         try:
-            return Path(hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache)).read_text(
-                encoding="utf-8"
-            )
+            file = hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache, repo_type=repo_type)
+            return Path(file).read_text(encoding="utf-8")
         except LocalEntryNotFoundError as error:  # the Hub didn't answer, and this cache is empty
             raise ConnectionError(str(error).splitlines()[0]) from error
         except EntryNotFoundError:

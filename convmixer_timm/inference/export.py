@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_model_data_config
 
+from .class_map import ClassMap
 from .loading import check_labels, class_names
 from .optimize import TOLERANCES, calibration_batches, onnx_program, openvino_model, quantized, quiet, unavailable
 
@@ -30,6 +31,7 @@ def export(
     dynamic_batch: bool = False,
     calibration: Iterable | str | Path | None = None,
     labels: list[str] | None = None,
+    class_map: bool = False,
 ) -> dict[str, Any]:
     """Writes a model to a file, loads that back and compares its outputs before it gets its name.
 
@@ -45,6 +47,8 @@ def export(
         dynamic_batch: Take any number of images; else one.
         calibration: For int8, as for `convmixer_timm.optimize`.
         labels: Names of the classes; by default the model's own.
+        class_map: Add the class maps (`convmixer_timm.inference.class_map`) as a second output, for a model that has
+            them; in ONNX.
 
     Returns:
         The metadata.
@@ -60,6 +64,8 @@ def export(
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
     if precision not in FORMATS[format]:
         raise ValueError(f"{format} is written in {' or '.join(FORMATS[format])}, not in {precision!r}")
+    if class_map and format != "onnx":
+        raise ValueError(f"class maps are written in ONNX, not in {format}")
     if target.suffix != _SUFFIXES[format]:
         raise ValueError(f"a file of format {format} must end in {_SUFFIXES[format]}, got {target}")
     if labels is not None:
@@ -86,7 +92,7 @@ def export(
     if precision == "int8":
         size = tuple(config["input_size"])
         batches = list(calibration_batches(model, calibration, size, None if dynamic_batch else 1))
-    network = model.eval()
+    network = ClassMap(model.eval()) if class_map else model.eval()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary, quiet():
         file = Path(temporary) / target.name
@@ -101,6 +107,11 @@ def export(
 
 def _compare(model: nn.Module, found: Any, images: torch.Tensor, precision: str) -> None:
     expected = model(images)
+    if isinstance(model, ClassMap):
+        (found, maps), (expected, _) = found, expected
+        difference = np.abs(maps.mean((2, 3)) - found).max() / np.abs(found).max()
+        if not difference <= TOLERANCES[precision]:
+            raise RuntimeError(f"nothing written: the class maps' mean differs from the logits by {difference:.2g}")
     difference = ((torch.as_tensor(np.asarray(found)) - expected).abs().max() / expected.abs().max()).item()
     if not difference <= TOLERANCES[precision]:
         raise RuntimeError(
@@ -116,6 +127,9 @@ def _onnx(model, example, file, precision, dynamic, batches, metadata):
     if precision == "int8":
         name = network.graph.input[0].name
         network = quantized(network, [{name: batch.numpy()} for batch in batches])
+    for part in (*network.graph.node, *network.graph.value_info):  # traces name this machine's folders
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
     onnx.helper.set_model_props(network, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.checker.check_model(network)
     onnx.save(network, file)
@@ -125,7 +139,8 @@ def _run_onnx(file, images):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _openvino(model, example, file, precision, dynamic, batches, metadata):

@@ -25,6 +25,7 @@ import torch.nn as nn
 from ..errors import one_line
 from ..files import atomic_path, cache_dir
 from ..images import ImageError, find_images, image_loader
+from .class_map import ClassMap
 from .folding import fold_norms
 
 __all__ = ["BACKENDS", "PRECISIONS", "TOLERANCES", "OptimizedModel", "calibration_batches", "optimize", "unavailable"]
@@ -420,7 +421,7 @@ def onnx_program(model: nn.Module, x: torch.Tensor, fixed: bool) -> Any:
         (example,),
         dynamo=True,
         input_names=["images"],
-        output_names=["logits"],
+        output_names=["logits", "maps"] if isinstance(model, ClassMap) else ["logits"],
         dynamic_shapes=None if fixed else (batch,),
         verbose=False,
     )

@@ -1,6 +1,7 @@
 """A server on loopback that speaks as much of the Hugging Face Hub's protocol as its client needs to publish and load.
 
 It keeps real files: contents by their hash, and each commit as a table of paths. It can be told to fail at any step.
+A Space is kept under the name spaces:OWNER/NAME.
 Endpoints as huggingface_hub calls them (hf_api.py, _commit_api.py, lfs.py and file_download.py there).
 """
 
@@ -18,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".png")
+LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".jpg", ".onnx")
 _WHILE_SENDING = ("half", "wrong hash")  # faults of a file's content, not of the answer
 
 
@@ -106,6 +107,14 @@ class HubServer(ThreadingHTTPServer):
         pass
 
 
+def _new_space(name: str) -> dict[str, bytes]:
+    """What a new static Space holds."""
+    card = f"---\ntitle: {name.title()}\nemoji: 🐢\ncolorFrom: blue\ncolorTo: gray\nsdk: static\npinned: false\n---\n\n"
+    link = "Check out the configuration reference at https://huggingface.co/docs/hub/spaces-config-reference\n"
+    page = b'<link rel="stylesheet" href="style.css">Welcome to your static Space!\n'
+    return {"README.md": (card + link).encode(), "index.html": page, "style.css": b"body { padding: 2rem }\n"}
+
+
 def _is_lfs(path: str) -> bool:
     return path.endswith(LFS_SUFFIXES)
 
@@ -140,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _serve(self):
-        parts = urlsplit(self.path)
+        parts = urlsplit(re.sub(r"^/(api/)?spaces/", lambda m: f"/{'api/models/' if m[1] else ''}spaces:", self.path))
         self.query = parts.query
         length = int(self.headers.get("Content-Length") or 0)
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -242,13 +251,17 @@ class _Handler(BaseHTTPRequestHandler):
         owner = asked.get("organization") or user
         if owner != user:
             raise Answer(403, f"You don't have the rights to create a model under the namespace {owner!r}")
-        repo_id = f"{owner}/{asked['name']}"
-        url = f"{self.server.url}/{repo_id}"
+        space = asked.get("type") == "space"
+        if space and asked.get("sdk") != "static":
+            raise Answer(400, "a Space needs an sdk; this server has static ones")
+        url = f"{self.server.url}/{'spaces/' if space else ''}{owner}/{asked['name']}"
+        repo_id = f"{'spaces:' if space else ''}{owner}/{asked['name']}"
         if repo_id in self.server.repos:
             return self._json(409, {"error": "You already created this model repo", "url": url})
         private = asked.get("private") is True or asked.get("visibility") == "private"
         repo = self.server.repos[repo_id] = Repo(private, owner)
-        repo.branches["main"] = repo.add({".gitattributes": self.server.store(b"*.safetensors filter=lfs\n")})
+        files = {".gitattributes": b"*.safetensors filter=lfs\n", **(_new_space(asked["name"]) if space else {})}
+        repo.branches["main"] = repo.add({path: self.server.store(content) for path, content in files.items()})
         return self._json(200, {"url": url, "name": repo_id, "id": repo_id})
 
     def _validate(self):
@@ -257,6 +270,8 @@ class _Handler(BaseHTTPRequestHandler):
             header = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
             metadata = yaml.safe_load(header[1]) if header else None
             errors = [] if isinstance(metadata, dict) else [{"message": "no metadata"}]
+            if not errors and json.loads(self.body).get("repoType") == "space" and metadata.get("sdk") != "static":
+                errors.append({"message": '"sdk" must be one of [gradio, docker, static]'})
             if not errors and not isinstance(metadata.get("license"), str):
                 errors.append({"message": '"license" must be a string'})
         except yaml.YAMLError as error:
@@ -326,7 +341,8 @@ class _Handler(BaseHTTPRequestHandler):
                     raise Answer(400, f"the object of {value['path']} was not uploaded")
                 files[value["path"]] = value["oid"]
         oid = stored.add(files, head)
-        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo}/commit/{oid}"}
+        page = repo.replace(":", "/")
+        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{page}/commit/{oid}"}
         if "create_pr=1" in self.query:
             number = len(stored.pulls) + 1
             stored.pulls[f"refs/pr/{number}"] = oid

@@ -1,0 +1,1 @@
+"""A page that classifies in the browser."""

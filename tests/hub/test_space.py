@@ -1,0 +1,111 @@
+"""`publish --page`: the model's page as a static Space of the loopback server."""
+
+import pytest
+from huggingface_hub import ModelCard, SpaceCard
+
+from convmixer_timm.inference.optimize import unavailable
+
+from .test_publish import PICTURES, SOURCE, Client, client, mended, server  # noqa: F401  fixtures
+
+pytestmark = pytest.mark.skipif(unavailable("onnxruntime") is not None, reason=str(unavailable("onnxruntime")))
+
+PAGE = {"README.md", "index.html", "page.css", "page.js", "model.onnx", *(f"examples/{i}.png" for i in (1, 2, 3))}
+TEMPLATE = {".gitattributes", "style.css"}  # what a new Space holds besides
+
+
+def test_page_and_model_link_each_other(server, client):  # noqa: F811
+    code, out, err = client("publish", SOURCE, "--repo-id", "ann/ships", "--page", "--tag", "v1")
+    assert code == 0, err
+    assert f"Published: {server.url}/ann/ships/commit/" in out
+    assert out.count("Published: ") == 2 and "model.onnx" in out
+    space = server.repos["spaces:ann/ships"]
+    assert len(space.commits) == 2  # the new Space's, and one with everything
+    files = server.files("spaces:ann/ships")
+    assert set(files) == PAGE | TEMPLATE
+    html = files["index.html"].decode()
+    assert f'href="{server.url}/ann/ships"' in html and "<title>ships</title>" in html
+
+    card = SpaceCard(files["README.md"].decode())
+    assert (
+        card.data.to_dict().items()
+        >= {
+            "title": "ships",
+            "sdk": "static",
+            "app_file": "index.html",
+            "license": "mit",
+            "models": ["ann/ships"],
+        }.items()
+    )
+    model_card = server.files("ann/ships")["README.md"].decode()
+    assert f"[Try it in your browser]({server.url}/spaces/ann/ships)" in model_card
+    assert ModelCard(model_card).data.library_name == "timm"
+
+    head = space.branches["main"]
+    code, out, err = client("publish", SOURCE, "--repo-id", "ann/ships", "--page")
+    assert code == 0, err
+    assert space.branches["main"] == head and "Nothing to publish" in out
+
+
+def test_what_people_wrote_into_a_spaces_card_stays(server, client):  # noqa: F811
+    assert client("publish", SOURCE, "--repo-id", "ann/kept", "--page")[0] == 0
+    space = server.repos["spaces:ann/kept"]
+    card = server.files("spaces:ann/kept")["README.md"].decode()
+    card = card.replace("title: kept", "title: Ships & co").replace("---\n\n", "---\n\nMy own words.\n\n", 1)
+    card = card.replace("sdk: static", "sdk: static\npinned: true")
+    table = {**space.commits[space.branches["main"]], "README.md": server.store(card.encode())}
+    space.branches["main"] = space.add(table)
+    assert client("publish", SOURCE, "--repo-id", "ann/kept", "--page")[0] == 0
+    card = SpaceCard(server.files("spaces:ann/kept")["README.md"].decode())
+    assert card.data.title == "Ships & co" and card.data.pinned is True
+    assert card.text.count("My own words.") == 1 and card.text.count("# kept") == 1
+
+
+def test_somebodys_other_space_is_left_alone(server, client):  # noqa: F811
+    assert client("publish", SOURCE, "--repo-id", "ann/demo", "--page")[0] == 0
+    space = server.repos["spaces:ann/demo"]
+    other = server.store(b"---\ntitle: Demo\nsdk: gradio\n---\nA demo of mine.\n")
+    head = space.branches["main"] = space.add({"README.md": other, "app.py": other})
+    error = client.fails("publish", SOURCE, "--repo-id", "ann/demo", "--page")
+    assert "the Space ann/demo: there is a Space of that name already" in error
+    assert "ann/demo is published; its Space has no new commit" in error
+    assert space.branches["main"] == head
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ((503, 2), None),
+        (("cut", 1), None),
+        ((403, 10**9), "the token may not do this"),
+        ((500, 10**9), "publish again later"),
+    ],
+)
+def test_faults_are_handled_as_the_models(fault, said, server, client):  # noqa: F811
+    """The model is there already, so the commit that fails is the Space's."""
+    name = f"ann/fault-{fault[0]}"
+    assert client("publish", SOURCE, "--repo-id", name, "--page")[0] == 0
+    space = server.repos[f"spaces:{name}"]
+    card = SpaceCard(server.files(f"spaces:{name}")["README.md"].decode())
+    changed = server.store(str(card).encode())
+    head = space.branches["main"] = space.add(
+        {**space.commits[space.branches["main"]], "README.md": changed, "page.js": changed}
+    )
+    server.fail("commit", *fault)
+    if said is None:
+        assert client("publish", SOURCE, "--repo-id", name, "--page")[0] == 0
+        assert server.files(f"spaces:{name}")["page.js"] != str(card).encode()
+    else:
+        error = client.fails("publish", SOURCE, "--repo-id", name, "--page")
+        assert said in error
+        assert space.branches["main"] == head
+
+
+def test_private_and_dry_run(server, client):  # noqa: F811
+    code, out, err = client("publish", SOURCE, "--repo-id", "ann/dry", "--page", "--dry-run")
+    assert code == 0, err
+    assert "model.onnx" in out and "sdk: static" in out and "Nothing was sent" in out
+    assert "ann/dry" not in server.repos and "spaces:ann/dry" not in server.repos
+    assert client("publish", SOURCE, "--repo-id", "ann/secret", "--page", "--private")[0] == 0
+    assert server.repos["ann/secret"].private and server.repos["spaces:ann/secret"].private
+    error = client.fails("publish", SOURCE, "--repo-id", "ann/x", "--page", "--revision", "b")
+    assert "leave out --revision and --create-pr, or --page" in error
