@@ -151,7 +151,7 @@ def _compare(model: Any, folder: Path) -> None:
             raise ValueError("the packed model doesn't compute what its source does; nothing was sent")
 
 
-def _publication(folder: Path, **kwargs) -> Publication:
+def _publication(folder: Path, **kwargs: Any) -> Publication:
     files = {name: path.stat().st_size for name, path in _files(folder).items()}
     return Publication(files, (folder / "README.md").read_text(encoding="utf-8"), **kwargs)
 
@@ -214,7 +214,7 @@ def _send(
     if tagged and not (tagged == head and attempt(lambda: _holds(api, repo_id, head, folder))):
         raise HubError(f"{repo_id} has a tag {tag}, on other content: choose another --tag. It has no new commit.")
 
-    def commit():
+    def commit() -> Any:
         operations = [CommitOperationAdd(name, path) for name, path in _files(folder).items()]
         return api.create_commit(
             repo_id,

@@ -29,7 +29,7 @@ def export(
     format: str,
     precision: str = "fp32",
     dynamic_batch: bool = False,
-    calibration: Iterable | str | Path | None = None,
+    calibration: Iterable[Any] | str | Path | None = None,
     labels: list[str] | None = None,
     class_map: bool = False,
 ) -> dict[str, Any]:
@@ -120,7 +120,15 @@ def _compare(model: nn.Module, found: Any, images: torch.Tensor, precision: str)
         )
 
 
-def _onnx(model, example, file, precision, dynamic, batches, metadata):
+def _onnx(
+    model: nn.Module,
+    example: torch.Tensor,
+    file: Path,
+    precision: str,
+    dynamic: bool,
+    batches: list[torch.Tensor],
+    metadata: dict[str, Any],
+) -> None:
     import onnx
 
     network = onnx_program(model, example, fixed=not dynamic)
@@ -135,7 +143,7 @@ def _onnx(model, example, file, precision, dynamic, batches, metadata):
     onnx.save(network, file)
 
 
-def _run_onnx(file, images):
+def _run_onnx(file: Path, images: torch.Tensor) -> Any:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -143,7 +151,15 @@ def _run_onnx(file, images):
     return outputs if len(outputs) > 1 else outputs[0]
 
 
-def _openvino(model, example, file, precision, dynamic, batches, metadata):
+def _openvino(
+    model: nn.Module,
+    example: torch.Tensor,
+    file: Path,
+    precision: str,
+    dynamic: bool,
+    batches: list[torch.Tensor],
+    metadata: dict[str, Any],
+) -> None:
     import openvino
 
     network = openvino_model(model, example, fixed=not dynamic, batches=batches)
@@ -152,7 +168,7 @@ def _openvino(model, example, file, precision, dynamic, batches, metadata):
     openvino.save_model(network, file, compress_to_fp16=False)
 
 
-def _run_openvino(file, images):
+def _run_openvino(file: Path, images: torch.Tensor) -> Any:
     import openvino
 
     return openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images.numpy())[0]
@@ -166,10 +182,19 @@ class _InBf16(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images.bfloat16()).float()
+        output: torch.Tensor = self.model(images.bfloat16())
+        return output.float()
 
 
-def _torch_export(model, example, file, precision, dynamic, batches, metadata):
+def _torch_export(
+    model: nn.Module,
+    example: torch.Tensor,
+    file: Path,
+    precision: str,
+    dynamic: bool,
+    batches: list[torch.Tensor],
+    metadata: dict[str, Any],
+) -> None:
     import copy
 
     network = _InBf16(copy.deepcopy(model).bfloat16()) if precision == "bf16" else model
@@ -178,7 +203,7 @@ def _torch_export(model, example, file, precision, dynamic, batches, metadata):
     torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
 
 
-def _run_torch_export(file, images):
+def _run_torch_export(file: Path, images: torch.Tensor) -> Any:
     return torch.export.load(file).module()(images)
 
 

@@ -92,7 +92,8 @@ def load_folder(folder: Path) -> nn.Module:
     except RuntimeError as error:  # PyTorch's, for tensors of other names or sizes
         raise ValueError(f"{folder}: model.safetensors doesn't fit config.json: {error}") from error
     check_preprocessing(model, f"{folder}/config.json")
-    return model
+    loaded: nn.Module = model
+    return loaded
 
 
 def check_description(config: Path, state_dict: dict[str, torch.Tensor]) -> None:

@@ -112,7 +112,7 @@ def optimize(
     example_input: torch.Tensor,
     backend: str = "auto",
     precision: str = "fp32",
-    calibration: Iterable | str | Path | None = None,
+    calibration: Iterable[Any] | str | Path | None = None,
     fixed_batch: bool = False,
 ) -> OptimizedModel:
     """Makes a model fast on this machine's processor.
@@ -299,7 +299,7 @@ def _remember(key: str, choice: dict[str, Any]) -> None:
 
 
 def calibration_batches(
-    model: Any, source: Iterable | str | Path | None, size: tuple[int, ...] | None = None, batch: int | None = None
+    model: Any, source: Iterable[Any] | str | Path | None, size: tuple[int, ...] | None = None, batch: int | None = None
 ) -> Iterator[torch.Tensor]:
     """The first few hundred images of a folder or of an iterable, in batches as the model takes them.
 
@@ -316,7 +316,7 @@ def calibration_batches(
     """
     if source is None:
         raise ValueError("int8 needs calibration images: a folder, or batches of images")
-    batches: Iterable = _from_folder(model, Path(source), size) if isinstance(source, str | Path) else source
+    batches: Iterable[Any] = _from_folder(model, Path(source), size) if isinstance(source, str | Path) else source
     count = 0
     waiting: Batches = []
     for item in batches:
@@ -365,7 +365,8 @@ def _inductor(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, _:
         if not fixed and len(x) > 1:  # a batch of one is compiled by itself
             torch._dynamo.maybe_mark_dynamic(x, 0)
         with lock:
-            return compiled(x).float()
+            output: torch.Tensor = compiled(x)
+            return output.float()
 
     return run
 
@@ -379,7 +380,7 @@ def openvino_model(model: nn.Module, x: torch.Tensor, fixed: bool, batches: Batc
     return quantized(network, [batch.numpy() for batch in batches]) if batches else network
 
 
-def quantized(network: Any, items: list) -> Any:
+def quantized(network: Any, items: list[Any]) -> Any:
     """An OpenVINO or ONNX network in int8, by NNCF; `items` are its inputs to choose the scales by."""
     import nncf
 

@@ -54,7 +54,7 @@ def page(
     folder: str | Path = "page",
     *,
     precision: str = "fp32",
-    calibration: Iterable | str | Path | None = None,
+    calibration: Iterable[Any] | str | Path | None = None,
     title: str | None = None,
     examples: Iterable[str | Path] | None = None,
     runtime: str | Path | None = None,
@@ -254,7 +254,8 @@ def _card(name: str, model: Any) -> ModelCard | None:
     with contextlib.suppress(OSError, HTTPError, ValueError, yaml.YAMLError):
         if repo_id:
             revision = location.partition("@")[2] or None
-            return ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision))
+            card: ModelCard = ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision))
+            return card
         folder = Path(location).expanduser() if scheme else Path(model.pretrained_cfg.get("file") or "").parent
         return ModelCard((folder / "README.md").read_text(encoding="utf-8"))
     return None
