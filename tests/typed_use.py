@@ -1,7 +1,6 @@
 """The public face as a program under mypy --strict uses it: checked, not run."""
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 
