@@ -45,6 +45,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:  # nobody needs it
+        return (None,) * 6
     x, gamma, mean, var = ctx.saved_tensors
     shortcut_grad = grad if ctx.has_shortcut else None
     if torch.is_grad_enabled():  # create_graph=True: PyTorch's operations are themselves differentiable

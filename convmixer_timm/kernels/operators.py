@@ -9,6 +9,8 @@ Everything else is fp32.
 """
 
 import ctypes
+import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -34,9 +36,17 @@ def _operator(results: Callable) -> torch.library.CustomOpDef:
     """Registers the kernel of the same name with the signature of `results`, which checks the arguments (the first is a
     feature map) and makes the tensors that the kernel writes."""
     name = results.__name__
+    needed = [p.name if p.annotation is Tensor else "" for p in inspect.signature(results).parameters.values()]
+
+    @functools.wraps(results)
+    def checked(*arguments):
+        for parameter, argument in zip(needed, arguments, strict=True):
+            if parameter and argument is None:  # PyTorch lets it through
+                raise ValueError(f"{name} needs a tensor for {parameter}, got None.")
+        return results(*arguments)
 
     def kernel(x, *arguments):
-        out = results(x, *arguments)
+        out = checked(x, *arguments)
         keep = [x, *arguments, *out]  # copies in the right layout live until the kernel is done
         keep = [_laid_out(a, x) if isinstance(a, Tensor) else a for a in keep]
         function = getattr(build.require(), name)
@@ -48,7 +58,7 @@ def _operator(results: Callable) -> torch.library.CustomOpDef:
     operator = torch.library.custom_op(
         f"convmixer_timm::{name}", kernel, mutates_args=(), device_types="cpu", schema=schema
     )
-    operator.register_fake(results)
+    operator.register_fake(checked)
     operator.__doc__ = results.__doc__
     return operator
 

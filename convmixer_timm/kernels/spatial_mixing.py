@@ -45,6 +45,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:  # nobody needs it
+        return (None,) * 9
     x, weight, _bias, gamma, z, mean, var = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: PyTorch's operations are themselves differentiable
         return *_differentiable_grads(ctx, grad), None, None, None, None

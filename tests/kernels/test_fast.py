@@ -116,18 +116,21 @@ def test_layouts_come_out_as_they_went_in(way, training):
         model(x).sum().backward()
         assert x.grad.is_contiguous(memory_format=memory_format)
     for p in model.parameters():
-        assert p.grad.stride() == p.stride()
+        assert all(a == b for a, b, size in zip(p.grad.stride(), p.stride(), p.shape, strict=True) if size > 1)
 
 
 @needs_compiler
-def test_fp32_gradients_are_timms():
-    theirs, ours = small_model(TimmConvMixer), small_model()
+def test_fp32_outputs_and_gradients_are_timms():
+    torch.manual_seed(0)
+    theirs, ours, exact = small_model(TimmConvMixer), small_model(), small_model(TimmConvMixer).double()
     ours.load_state_dict(theirs.state_dict())
+    exact.load_state_dict(theirs.state_dict())
     x = torch.randn(16, 3, 32, 32)
-    for model in (theirs, ours):
-        train_step(model, x, autocast=False)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert relative(a.grad, b.grad) < 1e-5
+    for model in (theirs, ours, exact):
+        train_step(model, x.to(model.head.weight.dtype), autocast=False)
+    for a, b, c in zip(ours.parameters(), theirs.parameters(), exact.parameters(), strict=True):
+        # A bias before a norm has a gradient of sums that cancel: neither has many digits of it.
+        assert relative(a.grad, b.grad) < 1e-5 or relative(a.grad, c.grad) < 1.5 * relative(b.grad, c.grad)
     assert relative(ours(x), theirs(x)) < 1e-6
 
 

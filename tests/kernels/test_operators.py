@@ -284,6 +284,22 @@ def test_second_derivatives(frozen):
             assert (got is None and want is None) or relative(got, want) < 1e-3
 
 
+@needs_compiler
+def test_gradients_that_are_not_there_are_none():
+    """As gradcheck tries it, on what PyTorch's own gradients give in fp32."""
+    torch.manual_seed(0)
+    tensors = [
+        t.requires_grad_() for t in (torch.randn(2, 16, 3, 3), torch.randn(16, 1, 3, 3), *torch.rand(3, 16) + 0.5)
+    ]
+    assert torch.autograd.gradcheck(
+        lambda *t: spatial_mixing(*t, True, True, 1e-5)[0], tensors, eps=1e-2, atol=0.05, rtol=0.05
+    )
+    x, _, gamma, _, beta = tensors
+    assert torch.autograd.gradcheck(
+        lambda *t: act_norm(*t, True, 1e-5)[0], (x, gamma, beta), eps=1e-2, atol=0.05, rtol=0.05
+    )
+
+
 # ---- as operators ----
 
 
@@ -331,6 +347,8 @@ X, C = torch.randn(2, 32, 6, 6), torch.ones(32)
         (X, None, C[:16], C),
         (X, None, C, C[None]),
         (X, None, C.to("meta"), C),
+        (X, None, None, C),
+        (None, None, C, C),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(arguments):
