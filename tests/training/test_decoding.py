@@ -46,18 +46,19 @@ def folder(tmp_path):
 LOADS = """
 import hashlib, sys
 from timm.data import create_dataset
-from torchvision.transforms.functional import pil_to_tensor
+from torch.utils.data import DataLoader
 from torchvision.transforms import PILToTensor
 from convmixer_timm.training.decoding import use_one_reader
 
 if __name__ == "__main__":
     folder, mode, start = sys.argv[1:]
+    start = None if start == "none" else start
     use_one_reader()
     data = create_dataset("", root=folder, input_img_mode=mode)
     data.transform = PILToTensor()
     assert data.reader.class_to_idx == {"a": 0, "b": 1}
-    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=start)
-    for image, _ in loader if start != "none" else data:
+    loader = DataLoader(data, batch_size=None, num_workers=bool(start), multiprocessing_context=start)
+    for image, _ in loader:
         print(hashlib.sha256(image.numpy().tobytes()).hexdigest())
 """
 
