@@ -250,8 +250,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(error: Exception) -> int:
     message = str(error)
-    if isinstance(error, OSError) and error.errno and isinstance(name := error.filename2 or error.filename, str):
-        message = f"{name}: {os_reason(error)}"
+    if isinstance(error, OSError) and error.errno:
+        name = error.filename2 or error.filename
+        message = f"{name if isinstance(name, str) else 'reading or writing a file'}: {os_reason(error)}"
     if os.environ.get("RANK", "0") == "0":  # once, where torchrun started several
         print(f"convmixer-timm: error: {one_line(message)}", file=sys.stderr)
     return 1
