@@ -178,7 +178,7 @@ def test_older_page_is_replaced_and_nothing_else(folder, tmp_path, capsys):
         ({"global_pool": ""}, [], "is no classifier: for an image it gives 5x14x14 values"),
         ({"num_classes": 0}, [], "is no classifier"),
         ({"in_chans": 4, "INPUT_SIZE": (4, 28, 28), "MEAN": (0.5,) * 4, "STD": (0.5,) * 4}, [], "images of 4 channels"),
-        ({"INTERPOLATION": "random"}, [], "wants images resized by 'random'"),
+        ({"INTERPOLATION": "random"}, [], "no preprocessing of images can be made"),
     ],
 )
 def test_what_cannot_be_written_is_named_and_leaves_nothing(model, args, message, tmp_path, monkeypatch, capsys):
