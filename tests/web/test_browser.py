@@ -173,7 +173,7 @@ def test_a_visitor_reads_classes_probabilities_and_heat_map(page):
 
 
 def settings_labels():
-    return timm.create_model(NAME).pretrained_cfg["label_names"]
+    return timm.get_pretrained_cfg(NAME).label_names
 
 
 def heat(browser):
