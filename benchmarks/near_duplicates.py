@@ -14,15 +14,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from convmixer_timm.images import find_images
+from convmixer_timm.images import find_images, load_image
 
 SIDE = 16
 
 
 def fingerprints(file: Path, square: bool) -> list[np.ndarray]:
     """One unit vector (768) of the whole image, and one of its central square if ``square``."""
-    with Image.open(file) as opened:
-        image = opened.convert("RGB")
+    image = load_image(file)
     views = [image.resize((SIDE, SIDE), Image.Resampling.BOX)]
     if square:
         views.append(ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BOX))
@@ -33,7 +32,7 @@ def fingerprints(file: Path, square: bool) -> list[np.ndarray]:
 
 def pairs(few: Path, many: Path, above: float) -> list[tuple[float, Path, Path]]:
     """Correlation, image of ``few``, image of ``many`` for every pair above the limit; most similar first."""
-    files, others = find_images([str(few)]), find_images([str(many)])
+    files, others = find_images([few]), find_images([many])
     with ThreadPoolExecutor() as pool:
         queries = np.array(list(pool.map(lambda f: fingerprints(f, True), files)))  # [files, 2 views, 768]
         index = np.array([views[0] for views in pool.map(lambda f: fingerprints(f, False), others)])

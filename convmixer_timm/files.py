@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["as_text", "atomic_path", "cache_dir", "cached_sha256", "private_dir", "sha256"]
+__all__ = ["as_text", "atomic_path", "cache_dir", "cached_sha256", "files_below", "private_dir", "sha256"]
 
 
 def cache_dir() -> Path:
@@ -51,6 +51,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 raise IsADirectoryError(errno.EISDIR, "is a folder: name a file to write", str(path))
             os.replace(path, Path(folder) / ".old")
         os.replace(temporary, path)
+
+
+def files_below(folder: Path) -> dict[str, Path]:
+    """The files of a folder and of those in it, by their path there, in order."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def as_text(name: str) -> str:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 from timm.data.readers.img_extensions import add_img_extensions, get_img_extensions
 
-from .errors import os_reason
+from .errors import one_line, os_reason
 
 __all__ = ["ImageError", "find_images", "image_loader", "known_extensions", "load_image"]
 
@@ -137,7 +137,7 @@ def _open(source: str | os.PathLike | BinaryIO) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno:
         return os_reason(error)
-    return f"damaged image ({' '.join(str(error).split()) or type(error).__name__})"
+    return f"damaged image ({one_line(error) or type(error).__name__})"
 
 
 def _too_large() -> str:

@@ -4,9 +4,19 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
-__all__ = ["Evaluation", "Training", "adopt_card", "make_card", "merge_cards", "rename_in_card"]
+__all__ = [
+    "Evaluation",
+    "Training",
+    "adopt_card",
+    "around_marks",
+    "compose_card",
+    "make_card",
+    "merge_cards",
+    "put_between",
+    "rename_in_card",
+]
 
 BEGIN = "<!-- Written by convmixer-timm, and anew by each publish, up to the closing mark. Text outside stays. -->"
 END = "<!-- convmixer-timm: closing mark -->"
@@ -125,7 +135,7 @@ One run with seed {training.args.get("seed")}{training.cost}. The weights are {t
         **_base(training),
         **_model_index(name, training, evaluation),
     )
-    return _compose(data, "\n\n".join([BEGIN, *parts, END]))
+    return compose_card(data, "\n\n".join([BEGIN, *parts, END]))
 
 
 def _base(training: Training | None) -> dict[str, Any]:
@@ -189,8 +199,22 @@ def _model_index(name: str, training: Training | None, evaluation: Evaluation | 
     return {"model_name": name, "eval_results": results}
 
 
-def _compose(data: ModelCardData, text: str) -> str:
+def compose_card(data: CardData, text: str) -> str:
+    """A card of metadata and text, as a file."""
     return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def around_marks(text: str) -> tuple[str, str] | None:
+    """What stands before and after the marked part of a card; None where it isn't marked."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return (before, after) if begin and end else None
+
+
+def put_between(generated: str, around: tuple[str, str]) -> str:
+    """A marked text with what people wrote before and after it."""
+    parts = (around[0].strip(), generated.strip(), around[1].strip())
+    return "\n\n".join(part for part in parts if part)
 
 
 def merge_cards(new: str, old: str) -> str:
@@ -201,12 +225,7 @@ def merge_cards(new: str, old: str) -> str:
     as they belong to the weights.
     """
     mine, theirs = ModelCard(new), ModelCard(old)
-    generated = mine.text.strip()
-    before, begin, rest = theirs.text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        before, after = theirs.text, ""
-    text = "\n\n".join(part for part in (before.strip(), generated, after.strip()) if part)
+    text = put_between(mine.text, around_marks(theirs.text) or (theirs.text, ""))
     ours, kept = mine.data.to_dict(), theirs.data.to_dict()
     for key in ("model-index", *(("base_model", "base_model_relation") if "base_model" in ours else ())):
         kept.pop(key, None)
@@ -215,7 +234,7 @@ def merge_cards(new: str, old: str) -> str:
         both = dict.fromkeys([*ours.get(key, ()), *kept.get(key, ())])  # a set that keeps the order
         if both:
             merged[key] = list(both)
-    return _compose(ModelCardData(**merged), text)
+    return compose_card(ModelCardData(**merged), text)
 
 
 def adopt_card(own: str, generated: str) -> str:
@@ -224,7 +243,7 @@ def adopt_card(own: str, generated: str) -> str:
     if BEGIN in card.text:
         return own
     metadata = {**ModelCard(generated).data.to_dict(), **card.data.to_dict()}
-    return _compose(ModelCardData(**metadata), f"{BEGIN}\n\n{card.text.strip()}\n\n{END}")
+    return compose_card(ModelCardData(**metadata), f"{BEGIN}\n\n{card.text.strip()}\n\n{END}")
 
 
 def rename_in_card(card: str, load_name: str) -> str:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from huggingface_hub.utils.sha import git_hash
 
 from ..errors import NETWORK, HubError, HubTimeout, hub_reason, hub_status, local_cause, local_reason
-from ..files import sha256
+from ..files import files_below, sha256
 from ..version import version
 from .cards import merge_cards
 from .packing import pack
@@ -152,13 +152,8 @@ def _compare(model: Any, folder: Path) -> None:
 
 
 def _publication(folder: Path, **kwargs: Any) -> Publication:
-    files = {name: path.stat().st_size for name, path in _files(folder).items()}
+    files = {name: path.stat().st_size for name, path in files_below(folder).items()}
     return Publication(files, (folder / "README.md").read_text(encoding="utf-8"), **kwargs)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The files of a folder and of those in it, by their path there."""
-    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _send(
@@ -215,7 +210,7 @@ def _send(
         raise HubError(f"{repo_id} has a tag {tag}, on other content: choose another --tag. It has no new commit.")
 
     def commit() -> Any:
-        operations = [CommitOperationAdd(name, path) for name, path in _files(folder).items()]
+        operations = [CommitOperationAdd(name, path) for name, path in files_below(folder).items()]
         return api.create_commit(
             repo_id,
             operations,
@@ -239,7 +234,7 @@ def _send(
 
 def _holds(api: HfApi, repo_id: str, commit: str, folder: Path) -> bool:
     """Whether a commit has these very files."""
-    files = {path.name: path for path in folder.iterdir()}
+    files = files_below(folder)
     there: list[Any] = api.get_paths_info(repo_id, list(files), revision=commit)
     same = [
         info.lfs.sha256 == sha256(files[info.path])

@@ -14,6 +14,7 @@ import yaml
 
 from ..checkpoints import Shape, StateDict, check_sizes, checkpoint_filter_fn, read_checkpoint, to_timm_layout
 from ..convmixer import CIFAR10_LABELS, ConvMixer
+from ..errors import one_line
 from ..files import as_text
 from ..inference.loading import check_labels, load_folder
 from ..training.record import FILE, Model, Record, describe_model
@@ -236,7 +237,7 @@ def _model(file: Path, name: str, args: dict[str, Any], state_dict: StateDict) -
         model = timm.create_model(name.split(".")[0], num_classes=shape.num_classes, in_chans=shape.in_chans, **args)
         model.load_state_dict(checkpoint_filter_fn(state_dict, model))
     except (RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} doesn't fit {name}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} doesn't fit {name}: {one_line(error)}") from error
     return model
 
 

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, SpaceCard, SpaceCardData, constants
 
 from ..errors import HubError
 from ..web.page import page
-from .cards import BEGIN, END
+from .cards import BEGIN, END, around_marks, compose_card, put_between
 
 __all__ = ["build_space", "link_space", "merge_space_cards", "space_url"]
 
@@ -48,7 +48,7 @@ def build_space(model_folder: Path, folder: Path, repo_id: str) -> None:
     text = (
         f"# {folder.name}\n\n[{repo_id}]({address}), in the visitor's browser. Made by `convmixer-timm publish --page`."
     )
-    (folder / "README.md").write_text(_compose(data, f"{BEGIN}\n\n{text}\n\n{END}"), encoding="utf-8")
+    (folder / "README.md").write_text(compose_card(data, f"{BEGIN}\n\n{text}\n\n{END}"), encoding="utf-8")
 
 
 def link_space(card: str, repo_id: str) -> str:
@@ -64,18 +64,12 @@ def merge_space_cards(new: str, old: str) -> str:
         HubError: If the Space is something else than such a page.
     """
     mine, theirs = SpaceCard(new), SpaceCard(old)
-    before, begin, rest = theirs.text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
+    around = around_marks(theirs.text)
+    if around is None:
         if theirs.text.strip() and not theirs.text.strip().startswith(_TEMPLATE):
             raise HubError("there is a Space of that name already, and it is no such page: rename it first")
         return new
     ours, kept = mine.data.to_dict(), theirs.data.to_dict()
     merged = {**ours, **kept, **{key: ours[key] for key in _OURS}}
     merged["models"] = list(dict.fromkeys([*ours["models"], *kept.get("models", ())]))
-    text = "\n\n".join(part for part in (before.strip(), mine.text.strip(), after.strip()) if part)
-    return _compose(SpaceCardData(**merged), text)
-
-
-def _compose(data: SpaceCardData, text: str) -> str:
-    return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+    return compose_card(SpaceCardData(**merged), put_between(mine.text, around))

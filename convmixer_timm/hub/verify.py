@@ -10,6 +10,7 @@ from huggingface_hub import CacheNotFound, scan_cache_dir, try_to_load_from_cach
 
 from ..checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..convmixer import WEIGHTS_DIR
+from ..errors import one_line
 from ..files import cached_sha256, sha256
 from ..images import image_loader
 from ..inference.loading import load_folder
@@ -119,7 +120,7 @@ def verify_all(names: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
             verify(name, files)
             yield name, ""
         except (OSError, ValueError) as error:
-            yield name, " ".join(str(error).split())
+            yield name, one_line(error)
 
 
 def record(names: Iterable[str]) -> None:

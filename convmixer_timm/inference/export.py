@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,12 +97,23 @@ def export(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary, quiet():
         file = Path(temporary) / target.name
         write, run = _FORMATS[format]
-        write(network, example, file, precision, dynamic_batch, batches, metadata)
+        write(_Task(network, example, precision, dynamic_batch, batches, metadata), file)
         sample = batches[0][: len(example)] if batches else example  # real images: int8 is made for no others
         _compare(network, run(file, sample), sample, precision)
         for part in sorted(Path(temporary).iterdir(), reverse=True):  # OpenVINO's .xml last: it names the .bin
             os.replace(part, target.with_suffix(part.suffix))
     return metadata
+
+
+class _Task(NamedTuple):
+    """What a file is made from."""
+
+    model: nn.Module
+    example: torch.Tensor
+    precision: str
+    dynamic: bool
+    batches: list[torch.Tensor]
+    metadata: dict[str, Any]
 
 
 def _compare(model: nn.Module, found: Any, images: torch.Tensor, precision: str) -> None:
@@ -120,25 +131,17 @@ def _compare(model: nn.Module, found: Any, images: torch.Tensor, precision: str)
         )
 
 
-def _onnx(
-    model: nn.Module,
-    example: torch.Tensor,
-    file: Path,
-    precision: str,
-    dynamic: bool,
-    batches: list[torch.Tensor],
-    metadata: dict[str, Any],
-) -> None:
+def _onnx(task: _Task, file: Path) -> None:
     import onnx
 
-    network = onnx_program(model, example, fixed=not dynamic)
-    if precision == "int8":
+    network = onnx_program(task.model, task.example, fixed=not task.dynamic)
+    if task.precision == "int8":
         name = network.graph.input[0].name
-        network = quantized(network, [{name: batch.numpy()} for batch in batches])
+        network = quantized(network, [{name: batch.numpy()} for batch in task.batches])
     for part in (*network.graph.node, *network.graph.value_info):  # traces name this machine's folders
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
-    onnx.helper.set_model_props(network, {key: json.dumps(value) for key, value in metadata.items()})
+    onnx.helper.set_model_props(network, {key: json.dumps(value) for key, value in task.metadata.items()})
     onnx.checker.check_model(network)
     onnx.save(network, file)
 
@@ -151,19 +154,11 @@ def _run_onnx(file: Path, images: torch.Tensor) -> Any:
     return outputs if len(outputs) > 1 else outputs[0]
 
 
-def _openvino(
-    model: nn.Module,
-    example: torch.Tensor,
-    file: Path,
-    precision: str,
-    dynamic: bool,
-    batches: list[torch.Tensor],
-    metadata: dict[str, Any],
-) -> None:
+def _openvino(task: _Task, file: Path) -> None:
     import openvino
 
-    network = openvino_model(model, example, fixed=not dynamic, batches=batches)
-    for key, value in metadata.items():
+    network = openvino_model(task.model, task.example, fixed=not task.dynamic, batches=task.batches)
+    for key, value in task.metadata.items():
         network.set_rt_info(json.dumps(value), ["convmixer_timm", key])
     openvino.save_model(network, file, compress_to_fp16=False)
 
@@ -186,21 +181,13 @@ class _InBf16(nn.Module):
         return output.float()
 
 
-def _torch_export(
-    model: nn.Module,
-    example: torch.Tensor,
-    file: Path,
-    precision: str,
-    dynamic: bool,
-    batches: list[torch.Tensor],
-    metadata: dict[str, Any],
-) -> None:
+def _torch_export(task: _Task, file: Path) -> None:
     import copy
 
-    network = _InBf16(copy.deepcopy(model).bfloat16()) if precision == "bf16" else model
-    shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
-    program = torch.export.export(network, (example,), dynamic_shapes=shapes)
-    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
+    network = _InBf16(copy.deepcopy(task.model).bfloat16()) if task.precision == "bf16" else task.model
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if task.dynamic else None
+    program = torch.export.export(network, (task.example,), dynamic_shapes=shapes)
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(task.metadata)})
 
 
 def _run_torch_export(file: Path, images: torch.Tensor) -> Any:

@@ -82,7 +82,7 @@ def load_folder(folder: Path) -> nn.Module:
     state_dict = read_checkpoint(folder / "model.safetensors")
     check_description(folder / "config.json", state_dict)
     try:
-        model: Any = timm.create_model(f"local-dir:{folder}")
+        model: nn.Module = timm.create_model(f"local-dir:{folder}")
     except Exception as error:  # timm and the architecture's code each have their own
         raise ValueError(f"{folder}/config.json doesn't describe a model: {error or type(error).__name__}") from error
     if isinstance(model, ConvMixer):
@@ -92,8 +92,7 @@ def load_folder(folder: Path) -> nn.Module:
     except RuntimeError as error:  # PyTorch's, for tensors of other names or sizes
         raise ValueError(f"{folder}: model.safetensors doesn't fit config.json: {error}") from error
     check_preprocessing(model, f"{folder}/config.json")
-    loaded: nn.Module = model
-    return loaded
+    return model
 
 
 def check_description(config: Path, state_dict: dict[str, torch.Tensor]) -> None:

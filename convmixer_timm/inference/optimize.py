@@ -190,7 +190,7 @@ def optimize(
             runs[candidate] = build(candidate)
         except Exception as error:
             failure = error
-            _logger.warning("%s left out: %s", candidate, " ".join(str(error).split()))
+            _logger.warning("%s left out: %s", candidate, one_line(error))
     if not runs:
         raise RuntimeError(f"{', '.join(usable)} can't run this model: {failure}") from failure
     times = _times(runs, example_input)

@@ -33,13 +33,16 @@ _enabled = os.environ.get("CONVMIXER_TIMM_FAST", "1") != "0"
 
 
 def set_fast_training(enable: bool = True) -> None:
-    """Turn the fast CPU training kernels on or off (``CONVMIXER_TIMM_FAST=0`` in the environment does it too)."""
+    """Turn what makes a model fast on CPUs on or off: its kernels, its channels-last layout, and what glibc is told.
+
+    ``CONVMIXER_TIMM_FAST=0`` in the environment turns it off from the start.
+    """
     global _enabled
     _enabled = enable
 
 
 def enabled() -> bool:
-    """Whether the fast CPU training kernels may be used."""
+    """Whether a model may be made fast."""
     return _enabled
 
 

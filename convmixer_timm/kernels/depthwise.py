@@ -23,7 +23,7 @@ def _padding(kernel_size: int) -> tuple[int, int]:
 
 def _weight_grad(x, grad, kernel_size):
     """Gradients for weight and bias, in the dtype of `x`."""
-    if build.available() and x.dtype in (torch.float32, torch.bfloat16) and x.shape[1] % operators.CHANNELS == 0:
+    if build.available() and operators.takes(x):
         grads = operators.depthwise_weight_grad(x, grad, kernel_size)
     else:
         grads = _folded_weight_grad(x, grad, kernel_size)

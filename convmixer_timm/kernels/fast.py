@@ -183,9 +183,7 @@ def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
 
 def _takes(x: Tensor) -> bool:
     """Whether the kernels take such a feature map; BatchNorm refuses a single value a channel, in its own words."""
-    return (
-        x.dtype in (torch.float32, torch.bfloat16) and x.shape[1] % operators.CHANNELS == 0 and x.numel() > x.shape[1]
-    )
+    return operators.takes(x) and x.numel() > x.shape[1]
 
 
 def _is_gelu(act: nn.Module) -> bool:

@@ -20,15 +20,15 @@ from torch.utils.flop_counter import register_flop_formula
 from . import build
 
 __all__ = [
-    "CHANNELS",
     "act_norm",
     "act_norm_backward",
     "depthwise_weight_grad",
     "spatial_mixing",
     "spatial_mixing_backward",
+    "takes",
 ]
 
-CHANNELS = 16  # the kernels take multiples of so many channels
+_CHANNELS = 16  # the kernels take multiples of so many channels
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -73,12 +73,17 @@ def _c(argument: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_double | c
     return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
+def takes(x: Tensor) -> bool:
+    """Whether the kernels take such a feature map."""
+    kind = x.dim() == 4 and x.dtype in _DTYPES and x.device.type in ("cpu", "meta")
+    return kind and x.shape[1] % _CHANNELS == 0 and x.numel() > 0
+
+
 def _check_maps(x: Tensor, *others: Tensor | None) -> None:
     """Refuses what isn't a feature map, or is none of the same kind as the first."""
-    fits = x.dim() == 4 and x.dtype in _DTYPES and x.device.type in ("cpu", "meta")
-    if not fits or x.shape[1] % CHANNELS or x.numel() == 0:
+    if not takes(x):
         raise ValueError(
-            f"The kernels take [N, C, H, W] in float32 or bfloat16 on a CPU, not empty, C a multiple of {CHANNELS}; "
+            f"The kernels take [N, C, H, W] in float32 or bfloat16 on a CPU, not empty, C a multiple of {_CHANNELS}; "
             f"got {list(x.shape)} in {x.dtype} on {x.device}."
         )
     for t in others:

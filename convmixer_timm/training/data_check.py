@@ -12,6 +12,7 @@ from typing import Any
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
+from ..errors import one_line
 from ..files import as_text
 from ..images import known_extensions, load_image
 
@@ -256,7 +257,7 @@ def _open(args: Namespace, split: str, where: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 def _validation(args: Namespace) -> tuple[_Reading, str]:

@@ -16,7 +16,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import load_model_config_from_hf
 
-from ..errors import NETWORK, HubError, hub_reason
+from ..errors import NETWORK, HubError, hub_reason, one_line
 from ..files import atomic_path
 from .data_check import Data, Split
 
@@ -94,7 +94,7 @@ class Record:
         try:
             return cls._from(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file} is no record of a run: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{file} is no record of a run: {one_line(error)}") from error
 
     @classmethod
     def _from(cls, told: dict[str, Any]) -> "Record":
@@ -168,10 +168,10 @@ def describe_model(args: Namespace) -> Model:
             )
     except NETWORK as error:
         if args.model.startswith("local-dir:"):
-            raise ValueError(f"--model {args.model} can't be read: {' '.join(str(error).split())}") from error
+            raise ValueError(f"--model {args.model} can't be read: {one_line(error)}") from error
         raise HubError(f"{args.model}: {hub_reason(error)}: try again later, or check the name") from error
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
-        raise ValueError(f"--model {args.model} can't be made: {' '.join(str(error).split())}") from error
+        raise ValueError(f"--model {args.model} can't be made: {one_line(error)}") from error
     pooling = {"global_pool": given["gp"]} if given.get("gp") else {}
     return Model(
         architecture=model.pretrained_cfg["architecture"],

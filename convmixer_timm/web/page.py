@@ -21,7 +21,7 @@ from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from ..convmixer import CIFAR10_LABELS, WEIGHTS_DIR
-from ..files import atomic_path
+from ..files import atomic_path, files_below
 from ..images import load_image
 from ..inference.class_map import has_class_map
 from ..inference.export import export
@@ -127,8 +127,7 @@ def page(
         (temporary / "index.html").write_text(html, encoding="utf-8")
         for source in _SOURCES[1:]:
             (temporary / source).write_text(_source(source), encoding="utf-8")
-        written = sorted(path for path in temporary.rglob("*") if path.is_file())
-        return {path.relative_to(temporary).as_posix(): path.stat().st_size for path in written}
+        return {name: path.stat().st_size for name, path in files_below(temporary).items()}
 
 
 def _source(name: str) -> str:
