@@ -99,6 +99,8 @@ def _load(path: Path, compiler: str) -> ctypes.CDLL:
     if _is_whole(path):
         with contextlib.suppress(OSError):  # damaged in a way that shows now only, or another machine's
             return ctypes.CDLL(str(path))
+    if path.is_dir():  # the name is ours, so whatever that is, it is in a library's place
+        shutil.rmtree(path, ignore_errors=True)
     with atomic_path(path) as built:
         command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8", errors="replace")
