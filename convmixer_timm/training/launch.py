@@ -14,7 +14,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from ..checkpoints import read_checkpoint
 from .data_check import check_evaluation_data, check_training_data
 from .record import FILE, Record, write_when_it_starts
-from .scripts import find_script, run_script, script_flags, script_options
+from .scripts import find_script, import_modules, run_script, script_flags, script_options
 
 __all__ = [
     "launch",
@@ -213,6 +213,7 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
     checkpoint = Path(options.checkpoint or "")
     record = Record.read(checkpoint.parent) if options.checkpoint else None
     if record:
+        import_modules(record.args.get("device_modules"))
         added = told_by_record(record, script_flags(path))
         _say(f"From {checkpoint.parent / FILE}: {' '.join(added)}")
         args = [*added, *args]

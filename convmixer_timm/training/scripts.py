@@ -3,6 +3,7 @@
 They live at the top of timm's repository and are not in its wheel.
 """
 
+import importlib
 import os
 import runpy
 import sys
@@ -17,7 +18,7 @@ from ..files import atomic_path, cache_dir
 from .compat import mend_cpu_ddp, mend_mixup_off, mend_summary
 from .decoding import use_one_reader
 
-__all__ = ["find_script", "run_script", "script_flags", "script_options"]
+__all__ = ["find_script", "import_modules", "run_script", "script_flags", "script_options"]
 
 REPOSITORY = "huggingface/pytorch-image-models"
 BASE_URL = f"https://raw.githubusercontent.com/{REPOSITORY}"
@@ -75,6 +76,9 @@ def script_options(path: Path, args: list[str]) -> Namespace | None:
     """A script's arguments as it will understand them itself, by its own parser.
 
     None where it has none of timm's form. What it can't understand ends the process with argparse's message.
+
+    Raises:
+        ImportError: If one of ``--device-modules`` can't be imported.
     """
     if "argparse" not in path.read_text(encoding="utf-8"):
         return None
@@ -82,10 +86,25 @@ def script_options(path: Path, args: list[str]) -> Namespace | None:
     argv, sys.argv = sys.argv, [str(path), *args]
     try:
         if "_parse_args" in module:
-            return module["_parse_args"]()[0]
-        return module["parser"].parse_args() if "parser" in module else None
+            options = module["_parse_args"]()[0]
+        elif "parser" in module:
+            options = module["parser"].parse_args()
+        else:
+            return None
     finally:
         sys.argv = argv
+    import_modules(getattr(options, "device_modules", None))
+    return options
+
+
+def import_modules(names: list[str] | None) -> None:
+    """Imports what ``train.py`` was given as ``--device-modules``, which may register the model that it trains.
+
+    Raises:
+        ImportError: If one can't be imported.
+    """
+    for name in names or []:
+        importlib.import_module(name)
 
 
 def script_flags(path: Path) -> set[str]:

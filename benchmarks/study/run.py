@@ -1,0 +1,189 @@
+"""Trains the models of the study: what each choice of ConvMixer's architecture is worth, at equal cost.
+
+    python benchmarks/study/run.py --data-dir cifar10
+
+runs every file below ``runs/``, or those that are named, over timm's ``train.py`` by this package's launcher: first two
+epochs at each of three learning rates, then the whole run at the one that was best on the images held out, measured once
+on the test images. A row each goes to ``results.csv`` (and one for each learning rate to ``learning_rates.csv``); runs that
+have their row are not repeated. ``--quick`` takes a few images and steps, to see that everything works.
+
+``cifar10`` has ``train``, ``validation`` and ``test``, as ``benchmarks/cifar_folders.py`` makes them.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+HERE = Path(__file__).parent
+LEARNING_RATES = (0.003, 0.01, 0.03)
+EPOCHS_TO_CHOOSE = 2
+SPLITS = ("train", "validation", "test")
+
+
+def settings_of(name: str) -> dict:
+    """What a run is: base.yaml with the lines of its own file."""
+    base, own = (yaml.safe_load(p.read_text()) or {} for p in (HERE / "base.yaml", HERE / "runs" / f"{name}.yaml"))
+    return {**base, **own}
+
+
+def cost_of(settings: dict) -> dict:
+    """Parameters of a run's model and multiply-adds of one image's forward pass, in millions."""
+    sys.path.insert(0, str(HERE))
+    import models  # noqa: F401  registers them
+
+    model = timm.create_model(settings["model"], num_classes=10, **settings.get("model_kwargs", {})).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, *settings["input_size"]))
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"parameters": parameters, "multiply_adds_M": round(counter.get_total_flops() / 2e6, 2)}
+
+
+def launch(*args: str) -> float:
+    """Runs the launcher on one thread and returns its seconds of processor time, which don't count what else runs."""
+    environment = dict(
+        os.environ,
+        OMP_NUM_THREADS="1",
+        # PyTorch's fused attention takes twice as long here, on a CPU.
+        TIMM_FUSED_ATTN="0",
+        PYTHONPATH=os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    )
+    command = [sys.executable, "-m", "convmixer_timm", *args]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        if code := os.waitstatus_to_exitcode(status):
+            log.seek(0)
+            raise SystemExit(f"{' '.join(command)} ended with {code}:\n{log.read().decode(errors='replace')[-3000:]}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def train(settings: dict, folder: Path, data: Path) -> tuple[float, float]:
+    """One run of ``train.py``: top-1 on the held-out images after its last epoch, and seconds."""
+    shutil.rmtree(folder, ignore_errors=True)  # a run that was cut off
+    folder.mkdir(parents=True)
+    config = folder.parent / f"{folder.name}.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    where = ("--data-dir", str(data), "--output", str(folder.parent), "--experiment", folder.name)
+    seconds = launch("train", str(config), *where, "--device", "cpu", "--device-modules", "models")
+    with (folder / "summary.csv").open(newline="") as file:
+        return float(list(csv.DictReader(file))[-1]["eval_top1"]), seconds
+
+
+def test(folder: Path, data: Path) -> float:
+    """Top-1 of a run's last weights on the test images."""
+    results = folder / "test.json"
+    where = ("--data-dir", str(data), "--split", "test", "--device", "cpu")
+    launch(
+        "run", "validate", "--checkpoint", str(folder / "last.pth.tar"), *where, "--channels-last", "--amp",
+        "--amp-dtype", "bfloat16", "--workers", "1", "--results-file", str(results), "--results-format", "json",
+    )  # fmt: skip
+    return json.loads(results.read_text())["top1"]
+
+
+def append(path: Path, row: dict) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def rows_of(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def learning_rate_of(name: str, settings: dict, output: Path, results: Path, data: Path, quick: bool) -> float:
+    """The learning rate that was best on the held-out images after few epochs; other runs' rows are taken as they are."""
+    path = results / "learning_rates.csv"
+    for lr in LEARNING_RATES[:1] if quick else LEARNING_RATES:
+        if not any(row["name"] == name and float(row["lr"]) == lr for row in rows_of(path)):
+            epochs = 1 if quick else EPOCHS_TO_CHOOSE
+            top1, _ = train({**settings, "lr": lr, "epochs": epochs, "seed": 0}, output / name / f"lr-{lr}", data)
+            append(path, {"name": name, "lr": lr, "epochs": epochs, "held_out_top1": top1})
+    tried = [row for row in rows_of(path) if row["name"] == name and int(row["epochs"]) <= EPOCHS_TO_CHOOSE]
+    return float(max(tried, key=lambda row: float(row["held_out_top1"]))["lr"])
+
+
+def run(name: str, seed: int, output: Path, results: Path, data: Path, quick: bool) -> None:
+    path = results / "results.csv"
+    if any(row["name"] == name and int(row["seed"]) == seed for row in rows_of(path)):
+        return
+    settings = settings_of(name)
+    chooser = settings.pop("lr_of", name)
+    settings["lr"] = learning_rate_of(chooser, settings_of(chooser), output, results, data, quick)
+    settings.update({"seed": seed, **({"epochs": 1} if quick else {})})
+    folder = output / name / f"seed-{seed}"
+    held_out, seconds = train(settings, folder, data)
+    images = settings["epochs"] * sum(1 for _ in (data / "train").glob("*/*"))
+    row = {
+        "name": name,
+        "seed": seed,
+        "model": settings["model"],
+        "model_kwargs": json.dumps(settings.get("model_kwargs", {})),
+        "epochs": settings["epochs"],
+        "lr": settings["lr"],
+        **cost_of(settings),
+        "held_out_top1": held_out,
+        "test_top1": test(folder, data),
+        "seconds": round(seconds),
+        "images_per_second": round(images / seconds),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+    append(path, row)
+    print(f"{name}, seed {seed}: {row['test_top1']} on the test images", flush=True)
+
+
+def few_images(data: Path, target: Path, per_class: int = 26) -> Path:
+    """Links to a few images of each class and part."""
+    for part in SPLITS:
+        for folder in (data / part).iterdir():
+            (target / part / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:per_class]:
+                (target / part / folder.name / file.name).symlink_to(file.resolve())
+    return target
+
+
+def main() -> None:
+    every = sorted(p.stem for p in (HERE / "runs").glob("*.yaml"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"runs, else all: {', '.join(every)}")
+    parser.add_argument("--data-dir", type=Path, default=Path("cifar10"), help="folder with train, validation and test")
+    parser.add_argument("--output", type=Path, default=Path("output/study"), help="where train.py writes")
+    parser.add_argument("--results", type=Path, default=HERE, help="folder of the tables")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--quick", action="store_true", help="few images, one epoch; tables and plots go to the output")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(every):
+        parser.error(f"no run {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+    if missing := [part for part in SPLITS if not (args.data_dir / part).is_dir()]:
+        parser.error(f"{args.data_dir} has no {', '.join(missing)}; benchmarks/cifar_folders.py makes them")
+    with tempfile.TemporaryDirectory() as few:
+        data = few_images(args.data_dir, Path(few)) if args.quick else args.data_dir
+        results = args.output if args.quick else args.results
+        if args.quick:
+            shutil.rmtree(args.output, ignore_errors=True)
+        for seed in args.seeds:
+            for name in args.names or every:
+                run(name, seed, args.output, results, data, args.quick)
+
+
+if __name__ == "__main__":
+    main()
