@@ -12,6 +12,7 @@ from timm.data import create_dataset, dataset_factory
 from torchvision.transforms.functional import pil_to_tensor
 
 from convmixer_timm.images import load_image
+from convmixer_timm.training import decoding
 from convmixer_timm.training.decoding import use_one_reader
 
 from ..conftest import IMAGES
@@ -51,31 +52,61 @@ from torchvision.transforms import PILToTensor
 from convmixer_timm.training.decoding import use_one_reader
 
 if __name__ == "__main__":
-    folder, mode, start = sys.argv[1:]
+    folder, mode, start, keep = sys.argv[1:]
     start = None if start == "none" else start
-    use_one_reader()
+    use_one_reader(keep=keep == "keep")
     data = create_dataset("", root=folder, input_img_mode=mode)
     data.transform = PILToTensor()
     assert data.reader.class_to_idx == {"a": 0, "b": 1}
     loader = DataLoader(data, batch_size=None, num_workers=bool(start), multiprocessing_context=start)
-    for image, _ in loader:
-        print(hashlib.sha256(image.numpy().tobytes()).hexdigest())
+    for _ in range(2):
+        for image, target in loader:
+            print(target, hashlib.sha256(image.numpy().tobytes()).hexdigest())
 """
 
 
 @pytest.mark.parametrize("start", ["none", "fork", "spawn"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_the_same_pixels_in_every_process(start, mode, folder):
+@pytest.mark.parametrize("keep", ["keep", "read again"])
+def test_the_same_pixels_in_every_process_and_epoch(start, mode, keep, folder):
     names = create_dataset("", root=str(folder)).filenames(absolute=True)
     assert len(names) == 8
     images = [load_image(name, {"RGB": 3, "L": 1}[mode]) for name in names if not name.endswith("5.bmp")]
-    expected = [hashlib.sha256(pil_to_tensor(image).numpy().tobytes()).hexdigest() for image in images]
+    sums = [hashlib.sha256(pil_to_tensor(image).numpy().tobytes()).hexdigest() for image in images]
+    targets = [0, 0, 0, 0, 1, 1, 1]
+    expected = [f"{target} {digest}" for target, digest in zip(targets, sums, strict=True)]
     expected.insert(4, expected[4])  # for the damaged one timm takes the next
     done = subprocess.run(
-        [sys.executable, "-c", LOADS, folder, mode, start], check=True, capture_output=True, text=True
+        [sys.executable, "-c", LOADS, folder, mode, start, keep], check=True, capture_output=True, text=True
     )
-    assert done.stdout.split() == expected
+    assert done.stdout.splitlines() == 2 * expected
     assert start != "none" or f"{folder}/a/5.bmp: not an image that Pillow can read" in done.stderr
+
+
+def test_small_images_are_decoded_once(tmp_path, monkeypatch):
+    for i in range(6):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(np.full((5, 7 if i else 9, 3), i, np.uint8)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    read = []
+    monkeypatch.setattr(decoding, "load_image", lambda file, channels: read.append(file) or load_image(file, channels))
+    use_one_reader(keep=True)
+    data = create_dataset("", root=str(tmp_path))
+    odd_one = len({image.size for image, _ in data}) == 2
+    first = [(np.asarray(image), target) for image, target in data]
+    before = len(read)
+    for (image, target), (pixels, expected) in zip(data, first, strict=True):
+        image.putpixel((0, 0), (9, 9, 9))  # a transform may write into its image
+        assert target == expected and image.size == pixels.shape[1::-1]
+    assert all(np.array_equal(image, pixels) for (image, _), (pixels, _) in zip(data, first, strict=True))
+    # The first tells the size, here of one image only: what is of another size is read each time.
+    assert odd_one and len(read) - before == 2 * 5
+
+
+def test_more_than_fits_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "_MOST", 100)
+    use_one_reader(keep=True)
+    data = create_dataset("", root=str(IMAGES))
+    assert data.reader._pixels is None and data[0][0].size == (32, 32)
 
 
 def test_torchvisions_folders_too(folder):
