@@ -48,34 +48,26 @@ class Residual(fast.Residual, nn.Module):
 
 
 class Block(fast.Block, nn.Sequential):
-    """One ConvMixer layer: spatial mixing with its residual, then channel mixing (convolution, activation, norm).
+    """One ConvMixer layer: spatial mixing with its residual, then channel mixing (1x1 convolution, activation, norm).
 
     Args:
-        spatial: Residual branch with the depthwise convolution.
-        conv: 1x1 convolution.
-        act: Its activation.
-        norm: Its norm.
+        layers: These four, in this order.
         drop_path: Stochastic depth rate of the channel mixing's residual.
         residual: Put a residual around the channel mixing too, which the paper's model doesn't have.
     """
 
-    def __init__(
-        self,
-        spatial: Residual,
-        conv: nn.Module,
-        act: nn.Module,
-        norm: nn.Module,
-        drop_path: float = 0.0,
-        residual: bool = False,
-    ):
-        super().__init__(spatial, conv, act, norm)
+    def __init__(self, *layers: nn.Module, drop_path: float = 0.0, residual: bool = False):
+        super().__init__(*layers)
         self.residual = residual
         self.drop_rate = drop_path
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self[0](x)
-        y = self[3](self[2](self[1](x)))
-        return drop_path(y, self.drop_rate, self.training) + x if self.residual else y
+        mixed = x
+        for i, layer in enumerate(self):
+            x = layer(x)
+            if i == 0:
+                mixed = x
+        return drop_path(x, self.drop_rate, self.training) + mixed if self.residual else x
 
 
 class GlobalPool(fast.GlobalPool, SelectAdaptivePool2d):

@@ -27,7 +27,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent
-LEARNING_RATES = (0.003, 0.01, 0.03)
+LEARNING_RATES = (0.01, 0.03, 0.1)
 EPOCHS_TO_CHOOSE = 2
 SPLITS = ("train", "validation", "test")
 

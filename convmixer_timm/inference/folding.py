@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..convmixer import ConvMixer
+from ..convmixer import Block, ConvActNorm, ConvMixer, Residual
 
 __all__ = ["fold_norms"]
 
@@ -64,13 +64,24 @@ def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-def _foldable(model: nn.Module) -> bool:
-    if not isinstance(model, ConvMixer):
+def _is(layers: Any, kind: type[nn.Module], *kinds: type[nn.Module]) -> bool:
+    """Whether a sequence is exactly of a kind, of layers that are of these."""
+    return type(layers) is kind and len(layers) == len(kinds) and all(map(isinstance, layers, kinds))
+
+
+def _foldable(model: Any) -> bool:
+    """Whether a model is a ConvMixer as it was made: a subclass, or a layer changed afterwards, may compute anything."""
+    conv_act_norm = (nn.Conv2d, nn.Module, nn.BatchNorm2d)
+    if type(model) is not ConvMixer or not _is(model.stem, ConvActNorm, *conv_act_norm):
         return False
     blocks: Any = model.blocks
-    norms = [model.stem[2], *(norm for block in blocks for norm in (block[0].fn[2], block[3]))]
-    plain = all(isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats for norm in norms)
-    return plain and not any(block.residual for block in blocks)
+    for block in blocks:
+        if not _is(block, Block, Residual, *conv_act_norm) or block.residual or block[1].bias is None:
+            return False
+        if not _is(block[0].fn, ConvActNorm, *conv_act_norm):
+            return False
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
+    return len(norms) == 1 + 2 * len(blocks) and all(norm.affine and norm.track_running_stats for norm in norms)
 
 
 @torch.no_grad()
@@ -81,8 +92,8 @@ def fold_norms(model: nn.Module) -> nn.Module | None:
         model: Stays as it is.
 
     Returns:
-        The folded module, in evaluation mode; None where it can't be done: for other models, for norms that are no
-        batch-norms, and for a residual around the channel mixing.
+        The folded module, in evaluation mode; None where it can't be done: for other models and changed ones, for norms
+        that are no batch-norms, and for a residual around the channel mixing.
     """
     if not _foldable(model):
         return None

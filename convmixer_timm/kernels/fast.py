@@ -41,6 +41,8 @@ class ConvActNorm(_Layer):
     """Before a sequence of convolution, activation and norm."""
 
     def _fast(self, x):
+        if len(self) != 3:  # a part of one, or somebody put a layer in
+            return self.forward(x)
         return _conv_act_norm(x, *self)
 
 
@@ -48,16 +50,17 @@ class Residual(_Layer):
     """Before a module that adds its input to its `fn`, a `ConvActNorm`, with stochastic depth `drop_path`."""
 
     def _fast(self, x):
-        if isinstance(self.fn, ConvActNorm) and _untouched(self.fn) and type(self.drop_path) is nn.Identity:
-            return _conv_act_norm(x, *self.fn, residual=True)
-        return self.drop_path(self.fn(x)) + x
+        fn = self.fn
+        if isinstance(fn, ConvActNorm) and len(fn) == 3 and _untouched(fn) and type(self.drop_path) is nn.Identity:
+            return _conv_act_norm(x, *fn, residual=True)
+        return self.drop_path(fn(x)) + x
 
 
 class Block(_Layer):
     """Before a sequence of spatial mixing, convolution, activation and norm, without a residual around the latter."""
 
     def _fast(self, x):
-        if self.residual:
+        if self.residual or len(self) != 4:
             return self.forward(x)
         spatial, conv, act, norm = self
         return _conv_act_norm(spatial(x), conv, act, norm)

@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from convmixer_timm import predict
+from convmixer_timm import ConvMixer, predict
 from convmixer_timm.inference import optimize as optimize_module
 from convmixer_timm.inference.folding import fold_norms
 from convmixer_timm.inference.optimize import TOLERANCES, calibration_batches, optimize, unavailable
@@ -84,6 +84,19 @@ def test_what_cannot_be_folded_is_left():
     assert fold_norms(timm.create_model("convmixer_128_4", pointwise_residual=True)) is None
     assert fold_norms(timm.create_model("convmixer_128_4", norm_layer="layernorm2d")) is None
     assert fold_norms(timm.create_model("test_resnet")) is None
+    changed = timm.create_model("convmixer_128_4", pretrained=True).eval()
+    changed.blocks[1].append(nn.Tanh())
+    assert fold_norms(changed) is None
+    norm_first = timm.create_model("convmixer_128_4")
+    stem = norm_first.stem
+    stem[1], stem[2] = stem[2], stem[1]
+    assert fold_norms(norm_first) is None
+
+    class Other(ConvMixer):
+        def forward(self, x):
+            return -super().forward(x)
+
+    assert fold_norms(Other(8, 1)) is None
 
 
 CASES = [

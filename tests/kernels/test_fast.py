@@ -273,6 +273,57 @@ def test_a_subclass_of_a_layer_is_called(calls, where):
     assert calls.count("spatial_mixing") == 1  # the other layer
 
 
+def _drop_the_activation(model):
+    for layers in (model.stem, model.blocks[0][0].fn, model.blocks[0]):
+        del layers[-2]
+
+
+def _put_one_in(model):
+    for layers in (model.stem, model.blocks[0][0].fn, model.blocks[0]):
+        layers.append(nn.Tanh())
+
+
+def _norm_first(model):
+    for layers in (model.stem, model.blocks[0][0].fn, model.blocks[0]):
+        layers[-1], layers[-2] = layers[-2], layers[-1]
+
+
+@pytest.mark.parametrize("change", [_drop_the_activation, _put_one_in, _norm_first])
+@pytest.mark.parametrize("residual", [False, True])
+def test_layers_put_in_or_taken_out_count(change, residual):
+    """They are sequences, as timm's are."""
+    x = torch.randn(2, 3, 8, 8)
+    gradients = []
+    for fast_training in (True, False):
+        set_fast_training(fast_training)
+        model = small_model(pointwise_residual=residual)
+        change(model)
+        model(x).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    set_fast_training(True)
+    assert (
+        relative(torch.cat([g.flatten() for g in gradients[0]]), torch.cat([g.flatten() for g in gradients[1]])) < 1e-4
+    )
+    if not residual:
+        timms = small_model(TimmConvMixer)
+        timms.load_state_dict(small_model().state_dict())
+        change(timms)
+        assert torch.allclose(small_changed(change)(x), timms(x), atol=1e-5)
+
+
+def small_changed(change):
+    model = small_model()
+    change(model)
+    return model
+
+
+def test_a_part_of_a_layer_is_a_sequence():
+    block = small_model().blocks[0]
+    x = torch.randn(2, 32, 4, 4)
+    assert torch.allclose(block[1:](block[0](x)), block(x), atol=1e-6)
+    assert torch.allclose(block[0].fn[1:](block[0].fn[:1](x)), block[0].fn(x), atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 @pytest.mark.parametrize(
     "name", ["stem", "blocks.0", "blocks.0.0", "blocks.0.0.fn", "blocks.0.0.fn.0", "blocks.0.3", "global_pool"]

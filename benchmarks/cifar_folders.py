@@ -1,0 +1,34 @@
+"""Writes CIFAR-10 or CIFAR-100 as folders of PNG files, with images held out of the training set to choose settings by.
+
+    python benchmarks/cifar_folders.py DIR cifar10 --per-class 250
+
+makes ``cifar10/{train,validation,test}/CLASS/NUMBER.png`` of torchvision's files in DIR, numbered in the official order;
+the same images are always held out (see ``holdout.py``). ``--per-class 0`` trains on all of them.
+"""
+
+import argparse
+from pathlib import Path
+
+from holdout import split
+from torchvision.datasets import CIFAR10, CIFAR100
+
+
+def write(images: CIFAR10, folder: Path) -> None:
+    for name in images.classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for i, (image, target) in enumerate(images):
+        image.save(folder / images.classes[target] / f"{i:05}.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="as for --dataset torch/cifar10 --data-dir DIR")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--per-class", type=int, default=250)
+    parser.add_argument("--cifar100", action="store_true")
+    args = parser.parse_args()
+    dataset = CIFAR100 if args.cifar100 else CIFAR10
+    write(dataset(args.source, train=False), args.target / "test")
+    write(dataset(args.source, train=True), args.target / ("all" if args.per_class else "train"))
+    if args.per_class:
+        split(args.target / "all", args.target, args.per_class, seed=0)
