@@ -2,8 +2,8 @@
 
     python benchmarks/cifar_folders.py DIR cifar10 --per-class 250
 
-makes ``cifar10/{train,validation,test}/CLASS/NUMBER.png`` of torchvision's files in DIR, numbered in the official order;
-the same images are always held out (see ``holdout.py``). ``--per-class 0`` trains on all of them.
+makes ``cifar10/{train,validation,test}/CLASS/NUMBER.png`` of torchvision's files in DIR, numbered in the official
+order; the same images are always held out (see ``holdout.py``), and with ``--per-class 0`` none.
 """
 
 import argparse

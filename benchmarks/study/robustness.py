@@ -2,8 +2,8 @@
 
     python benchmarks/study/robustness.py --data-dir cifar10 --models convmixer_256_8.e25_cifar10
 
-writes a row for each degree of each corruption to ``robustness.csv``. Noise, blur, contrast and JPEG change the 32 x 32
-pixels that the model's own transform then gets; a shift moves its crop; a size resizes that crop to more or fewer pixels.
+writes a row for each degree of each corruption to ``robustness.csv``. Noise, blur, contrast, JPEG and shift change the
+32 x 32 pixels that the model's own transform then gets; a size resizes what it crops to more or fewer pixels.
 """
 
 import argparse
@@ -62,6 +62,10 @@ CORRUPTIONS: dict[str, tuple[Callable[[Image.Image, float], Image.Image], list[f
 SIZES = [24, 28, 32, 40, 48, 64]
 
 
+def corrupted(transform: Callable, corruption: Callable, degree: float, image: Image.Image) -> torch.Tensor:
+    return transform(corruption(image, degree))
+
+
 def conditions(model: torch.nn.Module) -> Iterator[tuple[str, float | str, Callable]]:
     """A corruption's name, its degree, and the transform of an image to the model's input."""
     config = resolve_model_data_config(model)
@@ -69,7 +73,7 @@ def conditions(model: torch.nn.Module) -> Iterator[tuple[str, float | str, Calla
     yield "none", "", transform
     for name, (function, degrees) in CORRUPTIONS.items():
         for degree in degrees:
-            yield name, degree, lambda image, f=partial(function, degree=degree): transform(f(image))
+            yield name, degree, partial(corrupted, transform, function, degree)
     for size in SIZES:
         yield "size", size, create_transform(**{**config, "input_size": (3, size, size)})
 

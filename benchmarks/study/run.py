@@ -3,9 +3,9 @@
     python benchmarks/study/run.py --data-dir cifar10
 
 runs every file below ``runs/``, or those that are named, over timm's ``train.py`` by this package's launcher: first two
-epochs at each of three learning rates, then the whole run at the one that was best on the images held out, measured once
-on the test images. A row each goes to ``results.csv`` (and one for each learning rate to ``learning_rates.csv``); runs that
-have their row are not repeated. ``--quick`` takes a few images and steps, to see that everything works.
+epochs at each of three learning rates, then the whole run at the one that was best on the images held out, measured
+once on the test images. A row each goes to ``results.csv``, and one for each learning rate to ``learning_rates.csv``;
+runs that have their row are not repeated. ``--quick`` takes a few images and steps, to see that everything works.
 
 ``cifar10`` has ``train``, ``validation`` and ``test``, as ``benchmarks/cifar_folders.py`` makes them.
 """
@@ -109,7 +109,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def learning_rate_of(name: str, settings: dict, output: Path, results: Path, data: Path, quick: bool) -> float:
-    """The learning rate that was best on the held-out images after few epochs; other runs' rows are taken as they are."""
+    """The learning rate that was best on the held-out images after few epochs."""
     path = results / "learning_rates.csv"
     for lr in LEARNING_RATES[:1] if quick else LEARNING_RATES:
         if not any(row["name"] == name and float(row["lr"]) == lr for row in rows_of(path)):

@@ -64,13 +64,13 @@ def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-def _is(layers: Any, kind: type[nn.Module], *kinds: type[nn.Module]) -> bool:
+def _is(layers: Any, kind: Any, *kinds: type[nn.Module]) -> bool:
     """Whether a sequence is exactly of a kind, of layers that are of these."""
     return type(layers) is kind and len(layers) == len(kinds) and all(map(isinstance, layers, kinds))
 
 
 def _foldable(model: Any) -> bool:
-    """Whether a model is a ConvMixer as it was made: a subclass, or a layer changed afterwards, may compute anything."""
+    """Whether a model is a ConvMixer as it was made: a subclass, or layers changed afterwards, may compute anything."""
     conv_act_norm = (nn.Conv2d, nn.Module, nn.BatchNorm2d)
     if type(model) is not ConvMixer or not _is(model.stem, ConvActNorm, *conv_act_norm):
         return False
