@@ -366,7 +366,6 @@ default_cfgs = generate_default_cfgs(
         "convmixer_256_16_ks9_p1": _cifar10_cfg(),
         "convmixer_128_8.e25_cifar10": _cifar10_cfg(file="convmixer_128_8.e25_cifar10", **_MIDDLE),
         "convmixer_128_4.e25_cifar10": _cifar10_cfg(file="convmixer_128_4.e25_cifar10", **_MIDDLE),
-        "convmixer_128_4.e10_cifar10": _cifar10_cfg(file="convmixer_128_4.e10_cifar10"),
     }
 )
 

@@ -17,7 +17,7 @@ def torchrun(processes: int) -> list[str]:
 @pytest.fixture
 def cifar_images() -> list[tuple[Path, str]]:
     """30 CIFAR-10 test images, three a class, with their labels."""
-    return [(path, path.parent.name) for path in sorted(IMAGES.glob("*/*.jpg"))]
+    return [(path, path.parent.name) for path in sorted(IMAGES.glob("*/*.png"))]
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,7 @@ def images(folder: Path) -> Case:
     from convmixer_timm.images import ImageError, image_loader
 
     Image.init()
-    rgb = Image.open(IMAGES / "cat/0000.jpg").convert("RGB")
+    rgb = Image.open(IMAGES / "cat/0000.png").convert("RGB")
     grey = np.asarray(rgb.convert("L")).astype(int)
     pictures = {mode: rgb.convert(mode) for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "LAB")}
     pictures["I;16"] = Image.fromarray((grey * 257).astype(np.uint16))
@@ -199,7 +199,7 @@ def configs(folder: Path) -> Case:
     """Packed models whose description or weights are damaged, used to predict, and label files."""
     config, weights = _packed(folder)
     labels = "ünï\nbee\n".encode("utf-8-sig")
-    image = IMAGES / "cat/0000.jpg"
+    image = IMAGES / "cat/0000.png"
 
     def case(rng: random.Random, target: Path) -> str:
         if rng.random() < 0.1:
@@ -253,7 +253,7 @@ def caches(folder: Path) -> Case:
         (snapshot / "config.json").write_bytes(mutated_json(config, rng) if damaged else json.dumps(config).encode())
         (snapshot / "model.safetensors").write_bytes(weights if damaged else mutated(weights, rng))
         shutil.copytree(hub, target / "hub", symlinks=True)
-        return command(*rng.choice([("verify",), ("predict", IMAGES / "cat/0000.jpg", "--model", "hf-hub:ann/x")]))
+        return command(*rng.choice([("verify",), ("predict", IMAGES / "cat/0000.png", "--model", "hf-hub:ann/x")]))
 
     return case
 
@@ -267,7 +267,7 @@ def runs(folder: Path) -> Case:
     from convmixer_timm.hub import packing
 
     packing.draw_pictures = lambda *_: {}  # type: ignore[assignment]
-    source = Path(__file__).parents[1] / "weights/convmixer_128_4.e10_cifar10"
+    source = Path(__file__).parents[1] / "weights/convmixer_128_4.e25_cifar10"
     args = yaml.safe_load((source / "args.yaml").read_text())
     args |= {"num_classes": 2, "model_kwargs": {"depth": 1, "dim": 8}, "data_dir": str(IMAGES)}
     model = timm.create_model("convmixer_128_4", num_classes=2, **args["model_kwargs"])

@@ -22,7 +22,7 @@ def test_inference_measures_what_matches(tmp_path):
     settings = ["--settings", "timm", "channels-last", "--precisions", "fp32", "--repeats", "3"]
     path = tmp_path / "inference.csv"
     for batch in ("2", "1"):  # the second run appends
-        columns = ["--columns", f"convmixer_128_4.e10_cifar10:32:{batch}", "--calls", "2"]
+        columns = ["--columns", f"convmixer_128_4.e25_cifar10:32:{batch}", "--calls", "2"]
         run(*columns, *settings, "--csv", str(path))
     with path.open() as file:
         rows = list(csv.DictReader(file))

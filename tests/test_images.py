@@ -19,7 +19,7 @@ from convmixer_timm.images import ImageError, find_images, load_image
 
 from .conftest import IMAGES
 
-CAT = IMAGES / "cat/0000.jpg"
+CAT = IMAGES / "cat/0000.png"
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
     (tmp_path / "data/dog/back").symlink_to(tmp_path / "data")
     (tmp_path / "data/dog/lost.jpg").symlink_to("nowhere.jpg")
     found = find_images([tmp_path / "data"])
-    assert [path.name for path in found] == ["0000.jpg", "0001.jpg", "0002.jpg", "lost.jpg"]
+    assert [path.name for path in found] == ["0000.png", "0001.png", "0002.png", "lost.jpg"]
     assert find_images([f"{tmp_path}/d*"]) == found
     with pytest.raises(ImageError, match=r"lost.jpg: no such file"):
         load_image(found[-1])

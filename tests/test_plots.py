@@ -13,8 +13,8 @@ from convmixer_timm.plots import draw_curve, draw_depthwise_kernels, draw_heat_m
 
 from .conftest import IMAGES
 
-NAME = "convmixer_128_4.e10_cifar10"
-SHIP = str(IMAGES / "ship/0000.jpg")
+NAME = "convmixer_128_4.e25_cifar10"
+SHIP = str(IMAGES / "ship/0000.png")
 
 
 def spread(path):
@@ -102,7 +102,7 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, capsys):
 
 def test_images_of_the_same_name_and_damaged_ones(tmp_path, capsys):
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    images = [IMAGES / "bird/0000.jpg", tmp_path / "bad.jpg", IMAGES / "frog/0000.jpg", IMAGES / "frog/0001.jpg"]
+    images = [IMAGES / "bird/0000.png", tmp_path / "bad.jpg", IMAGES / "frog/0000.png", IMAGES / "frog/0001.png"]
     out = tmp_path / "plots"
     assert main(["plot", NAME, "--image", *map(str, images), "-o", str(out)]) == 1
     said = capsys.readouterr()

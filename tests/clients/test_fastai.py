@@ -20,7 +20,7 @@ def test_an_epoch_export_and_load(tmp_path):
         learner.fit_one_cycle(1)
     learner.export("learner.pkl")
     loaded = load_learner(tmp_path / "learner.pkl")
-    image = IMAGES / "ship/0000.jpg"
+    image = IMAGES / "ship/0000.png"
     with learner.no_bar(), loaded.no_bar():
         before, after = learner.predict(image), loaded.predict(image)
     assert before[0] == after[0]

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")  # which its Trainer needs
 
 BUNDLED = WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"
-IMAGE = IMAGES / "ship/0000.jpg"
+IMAGE = IMAGES / "ship/0000.png"
 
 
 @pytest.fixture

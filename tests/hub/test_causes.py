@@ -18,8 +18,8 @@ from ..conftest import IMAGES
 from .server import HubServer, Repo
 from .test_publish import environment
 
-SOURCE = WEIGHTS_DIR / "convmixer_128_4.e10_cifar10"
-SHIP = str(IMAGES / "ship/0000.jpg")
+SOURCE = WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"
+SHIP = str(IMAGES / "ship/0000.png")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from convmixer_timm.hub.sources import read_run
 from convmixer_timm.training.data_check import Data, Split
 from convmixer_timm.training.record import Record
 
-SOURCE = WEIGHTS_DIR / "convmixer_128_4.e10_cifar10"
+SOURCE = WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"
 EVALUATION = Evaluation(top1=81.25, top5=98.5, data="those")
 
 
@@ -107,8 +107,8 @@ def test_averaged_weights_and_the_best_epoch(run, tmp_path):
     torch.save({**last, "epoch": 4}, run / "model_best.pth.tar")
     pack_run(run, tmp_path / "best")
     card = (tmp_path / "best" / "README.md").read_text()
-    assert "epoch 5 of 10, the best on the validation images" in card
-    assert "| 77.98 |" in card
+    assert "epoch 5 of 25, the best on the validation images" in card
+    assert "| 81.24 |" in card
     for ema, name, bias in ((None, "ema", averaged), (True, "ema", averaged), (False, "raw", last["state_dict"])):
         pack_run(run, tmp_path / name, checkpoint="last.pth.tar", ema=ema)
         assert torch.equal(load_file(tmp_path / name / "model.safetensors")["head.bias"], bias["head.bias"])
@@ -118,7 +118,7 @@ def test_averaged_weights_and_the_best_epoch(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "start"),
     [
-        ({"model": "convmixer_128_4.e10_cifar10", "pretrained": True}, "convmixer_128_4.e10_cifar10"),
+        ({"model": "convmixer_128_4.e25_cifar10", "pretrained": True}, "convmixer_128_4.e25_cifar10"),
         ({"initial_checkpoint": "somewhere/mine.safetensors"}, "mine.safetensors"),
     ],
 )
@@ -129,7 +129,8 @@ def test_card_says_what_the_run_started_from(tmp_path, changes, start):
 
 
 def test_preprocessing_and_channels_travel(tmp_path):
-    changes = {"in_chans": 1, "num_classes": 3, "img_size": 48, "mean": [0.5], "std": [0.25], "crop_pct": 0.9}
+    size = [1, 48, 48]
+    changes = {"in_chans": 1, "num_classes": 3, "input_size": size, "mean": [0.5], "std": [0.25], "crop_pct": 0.9}
     run = make_run(tmp_path / "run", **changes)
     pack_run(run, tmp_path / "grey")
     model = timm.create_model(f"local-dir:{tmp_path / 'grey'}", pretrained=True)

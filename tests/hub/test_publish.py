@@ -22,7 +22,7 @@ from ..conftest import IMAGES
 from .server import HubServer, Repo
 from .test_packing import make_run
 
-SOURCE = WEIGHTS_DIR / "convmixer_128_4.e10_cifar10"
+SOURCE = WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"
 PICTURES = {"curve.png", "depthwise_kernels.png", "patch_filters.png"}
 FILES = {"README.md", "args.yaml", "config.json", "model.safetensors", "summary.csv"} | PICTURES
 
@@ -237,7 +237,7 @@ def test_dry_run_shows_and_sends_nothing(server, client):
 
 
 def test_bundled_folder_and_checkpoint_file(server, client, run, tmp_path):
-    folder = tmp_path / "convmixer_128_4.e10_cifar10"
+    folder = tmp_path / "convmixer_128_4.e25_cifar10"
     shutil.copytree(SOURCE, folder)
     (folder / "optimizer.pth").write_bytes(b"a pickle")
     code, _, err = client("publish", folder, "--repo-id", "ann/bundled")
@@ -467,7 +467,7 @@ def fresh(server, tmp_path):
 
 def predict(client, model):
     return client(
-        "predict", "--model", model, "--topk", "1", "--format", "csv", *sorted((IMAGES / "ship").glob("*.jpg"))
+        "predict", "--model", model, "--topk", "1", "--format", "csv", *sorted((IMAGES / "ship").glob("*.png"))
     )
 
 
@@ -481,7 +481,7 @@ def replace(server, repo_id, **files):
 def test_prediction_verification_and_damage(server, published, fresh, client):
     code, out, err = predict(fresh, published)
     assert code == 0, err
-    assert out == predict(client, "convmixer_128_4.e10_cifar10")[1]
+    assert out == predict(client, "convmixer_128_4.e25_cifar10")[1]
     assert "ok      hf-hub:ann/cifar\n" in fresh("verify")[1]
 
     (blob,) = [path for path in fresh.home.rglob("blobs/*") if path.stat().st_size > 100_000]

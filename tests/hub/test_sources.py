@@ -170,7 +170,7 @@ def test_data_sets_as_the_hub_names_them(dataset, hub, shown, recorded, tmp_path
 @pytest.mark.parametrize(
     "model, pretrained, base",
     [
-        ("convmixer_128_4.e10_cifar10", True, None),  # comes with this package, and is on no Hub
+        ("convmixer_128_4.e25_cifar10", True, None),  # comes with this package, and is on no Hub
         ("convmixer_768_32.in1k", True, "timm/convmixer_768_32.in1k"),
         ("convmixer_768_32.in1k", False, None),
     ],

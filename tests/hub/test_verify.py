@@ -14,7 +14,7 @@ from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.hub import verify as verify_module
 from convmixer_timm.hub.verify import verifiable
 
-NAME = "convmixer_128_4.e10_cifar10"
+NAME = "convmixer_128_4.e25_cifar10"
 
 
 def test_bundled_checkpoints_are_good(capsys):

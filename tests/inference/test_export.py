@@ -13,7 +13,7 @@ from convmixer_timm.inference.optimize import TOLERANCES, calibration_batches, u
 
 from ..conftest import IMAGES
 
-NAME = "convmixer_128_4.e10_cifar10"
+NAME = "convmixer_128_4.e25_cifar10"
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
 CASES = [
     (format, precision)
@@ -47,7 +47,7 @@ def test_file_computes_the_same_and_knows_its_images(format, precision, tmp_path
     calibration = ["--calibration", str(IMAGES)] if precision == "int8" else []
     args = ["--format", format, "--precision", precision, "--dynamic-batch", *calibration, "-o", str(file)]
     assert main(["export", NAME, *args]) == 0
-    assert "images of Nx3x32x32, outputs compared" in capsys.readouterr().out
+    assert "images of Nx3x28x28, outputs compared" in capsys.readouterr().out
     parts = {file.name} | ({"model.bin"} if format == "openvino" else set())
     assert {path.name for path in tmp_path.iterdir()} == parts
 
@@ -55,9 +55,9 @@ def test_file_computes_the_same_and_knows_its_images(format, precision, tmp_path
     metadata = {k: json.loads(v) if isinstance(v, str) and format != "torch-export" else v for k, v in metadata.items()}
     assert metadata["architecture"] == "convmixer_128_4"
     assert metadata["precision"] == precision
-    assert metadata["input_size"] == [3, 32, 32]
+    assert metadata["input_size"] == [3, 28, 28]
     assert metadata["mean"] == [0.4914, 0.4822, 0.4465]
-    assert metadata["crop_pct"] == 1.0
+    assert metadata["crop_pct"] == 0.875
     assert metadata["interpolation"] == "bicubic"
     assert metadata["label_names"][8] == "ship"
 
@@ -100,8 +100,8 @@ def test_a_wrong_file_never_appears(tmp_path, monkeypatch):
     model = timm.create_model(NAME, pretrained=True).eval()
     target = tmp_path / "model.pt2"
     target.write_text("an older file")
-    write, run = export_module._FORMATS["torch-export"]
-    broken = {"torch-export": (write, lambda file, images: run(file, images) + 1)}
+    write, load = export_module._FORMATS["torch-export"]
+    broken = {"torch-export": (write, lambda file: lambda images: load(file)(images) + 1)}
     monkeypatch.setattr(export_module, "_FORMATS", broken)
     with pytest.raises(RuntimeError, match="nothing written"):
         export(model, target, "torch-export")

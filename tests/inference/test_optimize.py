@@ -19,7 +19,7 @@ from convmixer_timm.inference.optimize import TOLERANCES, calibration_batches, o
 
 from ..conftest import IMAGES
 
-NAME = "convmixer_128_4.e10_cifar10"
+NAME = "convmixer_128_4.e25_cifar10"
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_same_outputs_for_any_batch(backend, precision, model, images):
     assert same >= {"fp32": 1.0, "bf16": 0.96, "int8": 0.93}[precision]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not model.training and all(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="made for images of Nx3x32x32, got 1x3x64x64"):
+    with pytest.raises(ValueError, match="made for images of Nx3x28x28, got 1x3x64x64"):
         fast(torch.zeros(1, 3, 64, 64))
 
 
@@ -143,7 +143,7 @@ def test_auto_times_remembers_and_tells(model, images, choices, monkeypatch, cap
     assert f"{fast.chosen}" in fast.times
     assert f"runs by {fast.backend}" in caplog.text
     assert fast.backend in repr(fast)
-    assert timm.data.resolve_model_data_config(fast)["input_size"] == (3, 32, 32)
+    assert timm.data.resolve_model_data_config(fast)["input_size"] == (3, 28, 28)
     monkeypatch.setattr(optimize_module, "_times", None)  # not again
     again = optimize(model, images[:4])
     assert (again.backend, again.folded) == (fast.backend, fast.folded)
@@ -159,7 +159,7 @@ def test_fixed_batch_other_models_and_training_mode(images):
     assert model.training and not fast.folded
     with torch.inference_mode():
         torch.testing.assert_close(fast(images[:4]), model.eval()(images[:4]), rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match="made for images of 4x3x32x32"):
+    with pytest.raises(ValueError, match="made for images of 4x3x28x28"):
         fast(images[:5])
 
 
@@ -312,17 +312,17 @@ def test_calibration_in_batches_of_one_size(model, images, tmp_path, caplog):
         return [tuple(batch.shape) for batch in calibration_batches(model, source, **kwargs)]
 
     assert shapes(IMAGES, size=(3, 40, 24)) == [(1, 3, 40, 24)] * 30
-    assert shapes(IMAGES, batch=7) == [(7, 3, 32, 32)] * 4
-    assert shapes([images[:5], images[:9]], batch=4) == [(4, 3, 32, 32)] * 3
-    assert shapes([images[:3]], batch=8) == [(8, 3, 32, 32)]
+    assert shapes(IMAGES, batch=7) == [(7, 3, 28, 28)] * 4
+    assert shapes([images[:5], images[:9]], batch=4) == [(4, 3, 28, 28)] * 3
+    assert shapes([images[:3]], batch=8) == [(8, 3, 28, 28)]
     assert torch.equal(torch.cat(list(calibration_batches(model, [images[:5], images[5:12]], batch=4))), images[:12])
     with pytest.raises(ValueError, match=r"calibration images must be \[N, 3, 28, 28\], got \[30, 3, 32, 32\]"):
         shapes([images], size=(3, 28, 28))
-    shutil.copy(IMAGES / "cat/0000.jpg", tmp_path)
+    shutil.copy(IMAGES / "cat/0000.png", tmp_path)
     (tmp_path / "bad.png").write_bytes(b"no image")
     assert len(shapes(tmp_path)) == 1
     assert f"left out of the calibration: {tmp_path}/bad.png: not an image" in caplog.text
-    (tmp_path / "0000.jpg").unlink()
+    (tmp_path / "0000.png").unlink()
     with pytest.raises(ValueError, match="no calibration images in"):
         shapes(tmp_path)
 
@@ -350,8 +350,8 @@ def test_examples_that_are_no_batch(model, images):
 
 def test_predicting_with_an_optimized_model(model, images):
     fast = optimize(model, images[:4], "inductor" if unavailable("openvino") else "openvino")
-    [(_, classes)] = predict(fast, IMAGES / "cat/0000.jpg")
-    [(_, expected)] = predict(model, IMAGES / "cat/0000.jpg")
+    [(_, classes)] = predict(fast, IMAGES / "cat/0000.png")
+    [(_, expected)] = predict(model, IMAGES / "cat/0000.png")
     assert dict(classes) == pytest.approx(dict(expected), abs=1e-3)
 
 

@@ -20,7 +20,7 @@ from convmixer_timm.images import ImageError, load_image
 
 from ..conftest import IMAGES
 
-IMAGE = "tests/images/cat/0000.jpg"
+IMAGE = "tests/images/cat/0000.png"
 
 
 def run(capsys, *argv):
@@ -45,9 +45,9 @@ def test_real_images_are_recognised(cifar_images, capsys):
 
 def test_output_equals_timms_own_pipeline(cifar_images, capsys):
     path, _ = cifar_images[0]
-    _, out, _ = run(capsys, path, "--format", "csv", "--topk", 10, "--model", "convmixer_128_4.e10_cifar10")
+    _, out, _ = run(capsys, path, "--format", "csv", "--topk", 10, "--model", "convmixer_128_4.e25_cifar10")
     rows = list(csv.DictReader(io.StringIO(out)))
-    model = timm.create_model("convmixer_128_4.e10_cifar10", pretrained=True).eval()
+    model = timm.create_model("convmixer_128_4.e25_cifar10", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     probs = model(transform(Image.open(path))[None]).softmax(-1)[0]
     labels = model.pretrained_cfg["label_names"]
@@ -60,7 +60,7 @@ def test_folders_and_globs(cifar_images, capsys, tmp_path):
     folder = cifar_images[0][0].parent.parent
     code, out, _ = run(capsys, folder, "--topk", 1)
     assert (code, len(out.splitlines())) == (0, 30)
-    code, out, _ = run(capsys, f"{folder}/*/0000.jpg", folder / "cat" / "0000.jpg", "--topk", 1)
+    code, out, _ = run(capsys, f"{folder}/*/0000.png", folder / "cat" / "0000.png", "--topk", 1)
     assert (code, len(out.splitlines())) == (0, 10)
     code, _, err = run(capsys, tmp_path)
     assert code == 1
@@ -141,7 +141,7 @@ def test_broken_files_are_named_and_the_rest_is_classified(cifar_images, capsys,
     [
         (["--model", "convmixer_9_9"], "'convmixer_9_9' is not a known model"),
         (["--model", "convmixer_256_16_ks9_p1"], "'convmixer_256_16_ks9_p1' has no weights"),
-        (["--model", "convmixer_128_4.nope"], "With weights there are: convmixer_128_4.e10_cifar10"),
+        (["--model", "convmixer_128_4.nope"], "With weights there are: convmixer_128_4.e25_cifar10"),
         (["--model", "local-dir:/nonexistent"], "nonexistent"),
         (["--device", "abacus"], "--device abacus"),
     ],
@@ -186,11 +186,11 @@ def test_list_shows_every_variant(capsys):
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("convmixer_128_4.e10_cifar10")
+    return load_model("convmixer_128_4.e25_cifar10")
 
 
 def test_one_or_many_images_of_any_kind(model):
-    cat = IMAGES / "cat/0000.jpg"
+    cat = IMAGES / "cat/0000.png"
     picture = Image.open(cat)
     array = np.asarray(picture.convert("RGB"))
     mixed = [str(cat), cat, picture, array, array / 255, array.astype(np.uint16) * 257]
@@ -209,30 +209,30 @@ def test_one_or_many_images_of_any_kind(model):
     assert [c[0][0] for _, c in predict(model, np.stack([array] * 3), batch_size=2)] == ["cat"] * 3
     assert len(list(predict(model, iter([cat] * 5), batch_size=2))) == 5
     folder = list(predict(model, IMAGES, topk=1))
-    assert len(folder) == 30 and folder[0][0] == IMAGES / "airplane/0000.jpg"
+    assert len(folder) == 30 and folder[0][0] == IMAGES / "airplane/0000.png"
     assert [path for path, _ in predict(model, np.array([str(cat)] * 2))] == [str(cat)] * 2
     assert list(predict(model, [])) == []
 
 
 def test_predicting_leaves_the_model_in_its_mode(model):
-    other = timm.create_model("convmixer_128_4.e10_cifar10", pretrained=True).train()
+    other = timm.create_model("convmixer_128_4.e25_cifar10", pretrained=True).train()
     other.stem.eval()
     before = {name: value.clone() for name, value in other.state_dict().items()}
     modes = [module.training for module in other.modules()]
-    image = IMAGES / "cat/0000.jpg"
+    image = IMAGES / "cat/0000.png"
     assert next(predict(other, image)) == next(predict(model, image))
     assert [module.training for module in other.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
 def test_predicting_in_bf16(model):
-    other = timm.create_model("convmixer_128_4.e10_cifar10", pretrained=True).bfloat16()
-    assert next(predict(other, IMAGES / "ship/0000.jpg"))[1][0][0] == "ship"
+    other = timm.create_model("convmixer_128_4.e25_cifar10", pretrained=True).bfloat16()
+    assert next(predict(other, IMAGES / "ship/0000.png"))[1][0][0] == "ship"
 
 
 def test_an_image_that_cannot_be_read_is_named(model, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    images = [tmp_path / "bad.jpg", IMAGES / "cat/0000.jpg", tmp_path / "gone.jpg"]
+    images = [tmp_path / "bad.jpg", IMAGES / "cat/0000.png", tmp_path / "gone.jpg"]
     with pytest.raises(ImageError, match=r"bad.jpg: not an image that Pillow can read"):
         list(predict(model, images))
     failed = []
@@ -291,7 +291,7 @@ DAMAGED_CONFIGS = [
 
 @pytest.mark.parametrize("content, message", DAMAGED_CONFIGS)
 def test_a_damaged_description_gets_one_line(content, message, tmp_path, capsys):
-    shutil.copy(WEIGHTS_DIR / "convmixer_128_4.e10_cifar10/model.safetensors", tmp_path)
+    shutil.copy(WEIGHTS_DIR / "convmixer_128_4.e25_cifar10/model.safetensors", tmp_path)
     (tmp_path / "config.json").write_text(content)
     code, out, err = run(capsys, IMAGES / "cat", "--model", f"local-dir:{tmp_path}")
     assert (code, out) == (1, "")
@@ -302,4 +302,4 @@ def test_a_damaged_description_gets_one_line(content, message, tmp_path, capsys)
 @pytest.mark.parametrize("options", [{"num_classes": 0}, {"global_pool": ""}])
 def test_what_is_no_classifier_is_said(options):
     with pytest.raises(ValueError, match="no classifier: the model gives"):
-        list(predict(timm.create_model("convmixer_128_4", **options), IMAGES / "cat/0000.jpg"))
+        list(predict(timm.create_model("convmixer_128_4", **options), IMAGES / "cat/0000.png"))

@@ -17,7 +17,7 @@ from convmixer_timm.training.decoding import use_one_reader
 
 from ..conftest import IMAGES
 
-CAT = IMAGES / "cat/0000.jpg"
+CAT = IMAGES / "cat/0000.png"
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_torchvisions_folders_too(folder):
 
 def test_bytes_for_whoever_wants_them():
     data = create_dataset("", root=str(IMAGES), load_bytes=True)
-    assert data[0][0] == (IMAGES / "airplane/0000.jpg").read_bytes()
+    assert data[0][0] == (IMAGES / "airplane/0000.png").read_bytes()
 
 
 def test_validation_reads_by_it(timm_scripts, folder, tmp_path):

@@ -9,7 +9,7 @@ from timm.utils import freeze
 
 from convmixer_timm.training.launch import RECIPES
 
-NAME = "convmixer_128_4.e10_cifar10"
+NAME = "convmixer_128_4.e25_cifar10"
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])

@@ -16,7 +16,7 @@ from convmixer_timm.training.launch import RECIPES, recipes, train_arguments
 from ..conftest import torchrun
 from .test_scripts import data, run, summary  # noqa: F401  `data` is a fixture
 
-SMALL = "--model convmixer_128_4.e10_cifar10 -b 10 --val-split validation --device cpu -j 1".split()
+SMALL = "--model convmixer_128_4.e25_cifar10 -b 10 --val-split validation --device cpu -j 1".split()
 
 
 def train(*args):

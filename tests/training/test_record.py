@@ -24,7 +24,7 @@ from convmixer_timm.training.record import Record, describe_model, write_when_it
 from .test_data_check import make_data
 from .test_scripts import summary
 
-PACKED = WEIGHTS_DIR / "convmixer_128_4.e10_cifar10"
+PACKED = WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"
 
 
 def make_record(root="/data/insects", classes=("ant", "bee"), digest="1", recipe="finetune", processes=1, **args):
@@ -75,7 +75,7 @@ def test_what_makes_another_run():
 
 
 def test_the_model(tmp_path):
-    args = {"model": "convmixer_128_4.e10_cifar10", "num_classes": 3, "input_size": [1, 48, 48], "crop_pct": 0.9}
+    args = {"model": "convmixer_128_4.e25_cifar10", "num_classes": 3, "input_size": [1, 48, 48], "crop_pct": 0.9}
     model = describe_model(Namespace(**args))
     assert (model.architecture, model.num_classes) == ("convmixer_128_4", 3)
     assert tuple(model.preprocessing["input_size"]) == (1, 48, 48)

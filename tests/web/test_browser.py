@@ -60,7 +60,7 @@ def page(browser, url):
 def photographs(tmp_path_factory):
     """100 larger pictures of many sizes and shapes, without and with loss."""
     folder = tmp_path_factory.mktemp("photographs")
-    small = sorted(IMAGES.glob("*/*.jpg"))
+    small = sorted(IMAGES.glob("*/*.png"))
     for i in range(100):
         size = (60 + 37 * i % 500, 50 + 53 * i % 400)
         image = Image.open(small[i % len(small)]).convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -79,7 +79,7 @@ def expected(model, path):
 def test_stored_images_get_pytorchs_logits_and_maps(page, tmp_path):
     model = load_model(NAME)
     paths = sorted((WEIGHTS_DIR / "images").glob("*.png"))
-    for number, path in enumerate(sorted(IMAGES.glob("*/*.jpg"))):  # their names are the same in each folder
+    for number, path in enumerate(sorted(IMAGES.glob("*/*.png"))):  # their names are the same in each folder
         paths.append(shutil.copy(path, tmp_path / f"{number}.jpg"))
     page.give("drop", *paths)
     answers = page.answers(len(paths))
@@ -137,21 +137,21 @@ def test_preprocessing_is_timms(kind, browser, tmp_path, photographs):
 
 
 def test_a_visitor_reads_classes_probabilities_and_heat_map(page):
-    page.give("drop", IMAGES / "ship/0000.jpg")
+    page.give("drop", IMAGES / "ship/0000.png")
     page.answers(1)
     assert page.text("article h3") == "ship"
     rows = page.driver.execute_script(
         """return [...document.querySelectorAll("article ol button")].map((row) =>
              [row.querySelector(".name").innerText, row.querySelector(".p").innerText, row.ariaPressed]);"""
     )
-    logits, maps = expected(load_model(NAME), IMAGES / "ship/0000.jpg")
+    logits, maps = expected(load_model(NAME), IMAGES / "ship/0000.png")
     best = logits.softmax(0).topk(5)
     labels = settings_labels()
     assert [(name, p) for name, p, _ in rows] == [
         (labels[i], f"{100 * p:.1f} %") for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
     assert [pressed for *_, pressed in rows] == ["true", *["false"] * 4]
-    assert "0000.jpg · 32 \N{MULTIPLICATION SIGN} 32 · " in page.text("figcaption") and page.text(
+    assert "0000.png · 32 \N{MULTIPLICATION SIGN} 32 · " in page.text("figcaption") and page.text(
         "figcaption"
     ).endswith(" ms")
 
@@ -196,11 +196,11 @@ def heat_box(browser):
 def test_every_way_in(page):
     from selenium.webdriver.common.by import By
 
-    page.give("paste", IMAGES / "cat/0000.jpg")
+    page.give("paste", IMAGES / "cat/0000.png")
     page.answers(1)
-    chosen = [str(IMAGES / "truck/0000.jpg"), str(IMAGES / "frog/0001.jpg")]
+    chosen = [str(IMAGES / "truck/0000.png"), str(IMAGES / "frog/0001.png")]
     page.driver.find_element(By.ID, "files").send_keys("\n".join(chosen))
-    assert set(page.answers(2)) == {"0000.jpg", "0001.jpg"}
+    assert set(page.answers(2)) == {"0000.png", "0001.png"}
     page.click("#examples button:nth-of-type(3)")
     assert set(page.answers(1)) == {"ship"}
     assert page.text("article h3") == "ship"
@@ -230,7 +230,7 @@ def test_files_that_are_no_good_get_one_line_each(page, tmp_path):
     photo = (WEIGHTS_DIR / "images/cat.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(photo[: len(photo) // 2])
     huge_png(tmp_path / "huge.png")
-    page.give("drop", *sorted(tmp_path.iterdir()), IMAGES / "ship/0000.jpg")
+    page.give("drop", *sorted(tmp_path.iterdir()), IMAGES / "ship/0000.png")
     page.answers(1)
     page.wait("document.querySelectorAll('.problem[role]').length === 4")
     lines = page.driver.execute_script("return [...document.querySelectorAll('.problem span')].map((l) => l.innerText)")
@@ -247,7 +247,7 @@ def test_files_that_are_no_good_get_one_line_each(page, tmp_path):
 
 def test_pictures_of_other_modes(page, tmp_path):
     """CMYK, grey with alpha, a palette, 16 bits, and one that lies on its side."""
-    ship = Image.open(IMAGES / "ship/0000.jpg").convert("RGB")
+    ship = Image.open(IMAGES / "ship/0000.png").convert("RGB")
     ship.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
     ship.convert("P").save(tmp_path / "palette.gif")
     ship.save(tmp_path / "lossless.webp", lossless=True)
@@ -274,7 +274,7 @@ def test_pictures_of_other_modes(page, tmp_path):
 
 def test_a_large_photograph_is_read_in_strips(page, tmp_path):
     image = Image.linear_gradient("L").resize((6000, 4000)).convert("RGB")
-    image.paste(Image.open(IMAGES / "ship/0000.jpg").resize((2000, 2000)), (2000, 1000))
+    image.paste(Image.open(IMAGES / "ship/0000.png").resize((2000, 2000)), (2000, 1000))
     image.save(tmp_path / "large.png", compress_level=1)
     page.give("drop", tmp_path / "large.png")
     found = page.answers(1)["large.png"]["logits"]
@@ -360,8 +360,8 @@ def test_model_without_class_maps(browser, tmp_path):
     name = save(tmp_path / "model", global_pool="max")
     convmixer_timm.page(name, tmp_path / "page", runtime=RUNTIME)
     browser.open(browser.serve(tmp_path / "page"))
-    browser.give("drop", IMAGES / "ship/0000.jpg")
-    assert browser.answers(1)["0000.jpg"]["maps"] is None
+    browser.give("drop", IMAGES / "ship/0000.png")
+    assert browser.answers(1)["0000.png"]["maps"] is None
     shown = browser.driver.execute_script(
         "return [...document.querySelectorAll('.heat, .toggle, ol button:enabled')].filter((e) => !e.hidden).length"
     )
@@ -373,7 +373,7 @@ def test_class_names_stay_text(browser, tmp_path):
     labels = ["<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "a", "b", "c"]
     convmixer_timm.page(save(tmp_path / "model", labels=labels), tmp_path / "page", runtime=RUNTIME)
     browser.open(browser.serve(tmp_path / "page"))
-    browser.give("drop", IMAGES / "ship/0000.jpg")
+    browser.give("drop", IMAGES / "ship/0000.png")
     browser.answers(1)
     names = browser.driver.execute_script("return [...document.querySelectorAll('.name')].map((n) => n.textContent)")
     assert sorted(names) == sorted(labels)
@@ -388,7 +388,7 @@ def test_without_its_own_runtime_the_page_asks_the_cdn_alone(browser, folder, tm
     assert line.startswith("The model could not be loaded: https://cdn.jsdelivr.net/npm/onnxruntime-web@")
     assert line.endswith("is out of reach, or not the file that this page was made with.")
     assert {address.split(":")[0] for address in browser.outside} == {"cdn.jsdelivr.net"}
-    browser.give("drop", IMAGES / "ship/0000.jpg")
+    browser.give("drop", IMAGES / "ship/0000.png")
     browser.wait("document.querySelectorAll('.problem[role]').length === 2")
 
 
@@ -402,7 +402,7 @@ def test_runtime_from_another_address_is_checked_before_it_runs(browser, folder,
     index.write_text(index.read_text().replace(json.dumps(base), json.dumps(cdn)))
     url = browser.serve(tmp_path / "page")
     browser.open(url)
-    browser.give("drop", IMAGES / "ship/0000.jpg")
+    browser.give("drop", IMAGES / "ship/0000.png")
     browser.answers(1)
     assert browser.errors() == [] and browser.outside == []
 
@@ -420,7 +420,7 @@ def test_on_webgpu(folder):
     browser = Browser("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
     try:
         url = browser.serve(folder)
-        path = IMAGES / "ship/0000.jpg"
+        path = IMAGES / "ship/0000.png"
         logits, _ = expected(load_model(NAME), path)
         for query, engine in (("", "wasm"), ("?engine=webgpu", "webgpu")):
             browser.open(url + query)
@@ -429,7 +429,7 @@ def test_on_webgpu(folder):
             ):
                 pytest.skip("this Chromium emulates no graphics card")
             browser.give("drop", path)
-            found = torch.tensor(browser.answers(1)["0000.jpg"]["logits"])
+            found = torch.tensor(browser.answers(1)["0000.png"]["logits"])
             assert (found - logits).abs().max() < 1e-3
             assert browser.driver.execute_script("return document.documentElement.dataset.engine") == engine
         assert browser.errors() == []

@@ -77,7 +77,7 @@ def test_model_file_gives_logits_and_class_maps(folder):
     assert b"site-packages" not in (folder / "model.onnx").read_bytes()
     assert str(WEIGHTS_DIR.parent).encode() not in (folder / "model.onnx").read_bytes()
     model = timm.create_model(NAME, pretrained=True).eval()
-    image = image_loader(model)(IMAGES / "ship/0000.jpg")[None]
+    image = image_loader(model)(IMAGES / "ship/0000.png")[None]
     logits, maps = map(torch.tensor, session.run(["logits", "maps"], {"images": image.numpy()}))
     with torch.no_grad():
         features = model.forward_features(image)
