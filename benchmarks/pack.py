@@ -12,11 +12,12 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
-from convmixer_timm.convmixer import CIFAR10_LABELS, WEIGHTS_DIR
+from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.hub.cards import Evaluation
 from convmixer_timm.hub.packing import pack
 from convmixer_timm.hub.sources import read_run
 from convmixer_timm.hub.verify import record
+from convmixer_timm.inference.loading import read_labels
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -28,11 +29,13 @@ if __name__ == "__main__":
         parser.add_argument(option, required=True)
     parser.add_argument("--hours", type=float, required=True)
     parser.add_argument("--dataset", help="as the Hub names it, OWNER/NAME")
+    parser.add_argument("--labels", type=Path, help="names of the classes, one a line; else the run's own")
     parser.add_argument("--again", help="how to repeat a run that was resumed with other settings, as Markdown")
     args = parser.parse_args()
     with args.results.open(encoding="utf-8") as file:
         (result,) = csv.DictReader(file)
-    source = read_run(args.run, labels=list(CIFAR10_LABELS), checkpoint="last.pth.tar", ema=args.ema)
+    labels = read_labels(args.labels) if args.labels else None
+    source = read_run(args.run, labels=labels, checkpoint="last.pth.tar", ema=args.ema)
     assert source.training is not None
     training = replace(
         source.training,

@@ -5,7 +5,8 @@
 runs every file below ``runs/``, or those that are named, over timm's ``train.py`` by this package's launcher: first two
 epochs at each of three learning rates, then the whole run at the one that was best on the images held out, measured
 once on the test images. A row each goes to ``results.csv``, and one for each learning rate to ``learning_rates.csv``;
-runs that have their row are not repeated. ``--quick`` takes a few images and steps, to see that everything works.
+runs that have their row are not repeated. ``--quick`` takes a few images and steps, without choosing a learning rate but
+for the base, and goes on to ``robustness.py`` and ``report.py``: everything in a few minutes, into the output folder.
 
 ``cifar10`` has ``train``, ``validation`` and ``test``, as ``benchmarks/cifar_folders.py`` makes them.
 """
@@ -111,12 +112,14 @@ def rows_of(path: Path) -> list[dict]:
 def learning_rate_of(name: str, settings: dict, output: Path, results: Path, data: Path, quick: bool) -> float:
     """The learning rate that was best on the held-out images after few epochs."""
     path = results / "learning_rates.csv"
-    for lr in LEARNING_RATES[:1] if quick else LEARNING_RATES:
+    if quick and name != "base":
+        return LEARNING_RATES[0]
+    for lr in LEARNING_RATES:
         if not any(row["name"] == name and float(row["lr"]) == lr for row in rows_of(path)):
             epochs = 1 if quick else EPOCHS_TO_CHOOSE
             top1, _ = train({**settings, "lr": lr, "epochs": epochs, "seed": 0}, output / name / f"lr-{lr}", data)
             append(path, {"name": name, "lr": lr, "epochs": epochs, "held_out_top1": top1})
-    tried = [row for row in rows_of(path) if row["name"] == name and int(row["epochs"]) <= EPOCHS_TO_CHOOSE]
+    tried = [row for row in rows_of(path) if row["name"] == name]
     return float(max(tried, key=lambda row: float(row["held_out_top1"]))["lr"])
 
 
@@ -169,7 +172,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/study"), help="where train.py writes")
     parser.add_argument("--results", type=Path, default=HERE, help="folder of the tables")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--quick", action="store_true", help="few images, one epoch; tables and plots go to the output")
+    parser.add_argument("--quick", action="store_true", help="few images, one epoch, into the output folder")
     args = parser.parse_args()
     if unknown := set(args.names) - set(every):
         parser.error(f"no run {', '.join(sorted(unknown))}; there are {', '.join(every)}")
@@ -183,6 +186,12 @@ def main() -> None:
         for seed in args.seeds:
             for name in args.names or every:
                 run(name, seed, args.output, results, data, args.quick)
+        if args.quick:
+            subprocess.run(
+                [sys.executable, HERE / "robustness.py", "--data-dir", data, "--results", results, "--images", "40"],
+                check=True,
+            )
+            subprocess.run([sys.executable, HERE / "report.py", "--results", results], check=True)
 
 
 if __name__ == "__main__":
