@@ -5,8 +5,8 @@
 runs every file below ``runs/``, or those that are named, over timm's ``train.py`` by this package's launcher: first two
 epochs at each of three learning rates, then the whole run at the one that was best on the images held out, measured
 once on the test images. A row each goes to ``results.csv``, and one for each learning rate to ``learning_rates.csv``;
-runs that have their row are not repeated. ``--quick`` takes a few images and steps, without choosing a learning rate but
-for the base, and goes on to ``robustness.py`` and ``report.py``: everything in a few minutes, into the output folder.
+runs that have their row are not repeated. ``--quick`` takes a few images and steps, without choosing a learning rate
+but for the base, and goes on to ``robustness.py`` and ``report.py``: all in a few minutes, into the output folder.
 
 ``cifar10`` has ``train``, ``validation`` and ``test``, as ``benchmarks/cifar_folders.py`` makes them.
 """
