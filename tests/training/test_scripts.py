@@ -57,6 +57,22 @@ def test_unmodified_train_script_with_device_modules(timm_scripts, data, tmp_pat
     assert len(summary(tmp_path / "run")) == 2
 
 
+def test_a_model_of_ones_own_is_known_before_the_data_are_looked_at(tmp_path, monkeypatch, capsys):
+    """By ``--device-modules``, which train.py itself imports only later."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--device-modules', nargs='+')\n"
+    )
+    (tmp_path / "own_models.py").write_text(
+        "from timm.models import register_model\n@register_model\ndef my_own_model(**kwargs):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scripts.script_options(script, ["--device-modules", "own_models"])
+    assert timm.is_model("my_own_model")
+    assert main(["run", "--timm-scripts", str(tmp_path), "train", "--device-modules", "no_such_module"]) == 1
+    assert "this needs the package no_such_module" in capsys.readouterr().err
+
+
 def test_train_then_validate(timm_scripts, data, tmp_path):
     train = launcher("--timm-scripts", timm_scripts, "train", "--data-dir", data, *TRAIN_ARGS)
     run([*train, "--output", str(tmp_path), "--experiment", "run"])
