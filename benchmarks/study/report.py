@@ -31,8 +31,7 @@ QUESTIONS = {
         "base": "ConvMixer",
         "mixer": "MLP-Mixer",
         "vit": "ViT",
-        "mixer_equal_time": "MLP-Mixer, ConvMixer's time",
-        "vit_equal_time": "ViT, ConvMixer's time",
+        "base_equal_time": "ConvMixer, in the others' time",
     },
     "channel_mixing": {
         "base": "one layer (the paper's)",
