@@ -91,8 +91,9 @@ def test_a_run_end_to_end(timm_scripts, images, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["base", "vit_shuffled"]
     assert all(0 <= float(row["test_top1"]) <= 100 and float(row["seconds"]) > 0 for row in rows)
-    with (tmp_path / "out/learning_rates.csv").open() as file:
-        tried = {float(row["lr"]): float(row["held_out_top1"]) for row in csv.DictReader(file)}
+    with (tmp_path / "out/trials.csv").open() as file:
+        trials = [row for row in csv.DictReader(file) if row["name"] == "base"]
+    tried = {float(row["lr"]): float(row["held_out_top1"]) for row in trials}
     assert len(tried) == 3 and float(rows[0]["lr"]) == max(tried, key=lambda lr: tried[lr])
     assert (tmp_path / "out/plots/robustness.png").is_file()
     done = subprocess.run([sys.executable, STUDY / "run.py", "no_such"], capture_output=True, text=True)

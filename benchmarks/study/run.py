@@ -2,11 +2,11 @@
 
     python benchmarks/study/run.py --data-dir cifar10
 
-runs every file below ``runs/``, or those that are named, over timm's ``train.py`` by this package's launcher: first two
-epochs at each of three learning rates, then the whole run at the one that was best on the images held out, measured
-once on the test images. A row each goes to ``results.csv``, and one for each learning rate to ``learning_rates.csv``;
-runs that have their row are not repeated. ``--quick`` takes a few images and steps, without choosing a learning rate
-but for the base, and goes on to ``robustness.py`` and ``report.py``: all in a few minutes, into the output folder.
+runs every file below ``runs/``, or those that are named, over timm's ``train.py`` by this package's launcher: two epochs
+at each of three learning rates, the better two of them to the end, and of these the one that is better on the images held
+out, measured once on the test images. A row each goes to ``results.csv``, and a row for every training to ``trials.csv``;
+what has its row is not repeated. ``--quick`` takes a few images and steps, without choosing a learning rate but for the
+base, and goes on to ``robustness.py`` and ``report.py``: all in a few minutes, into the output folder.
 
 ``cifar10`` has ``train``, ``validation`` and ``test``, as ``benchmarks/cifar_folders.py`` makes them.
 """
@@ -109,49 +109,74 @@ def rows_of(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def learning_rate_of(name: str, settings: dict, output: Path, results: Path, data: Path, quick: bool) -> float:
-    """The learning rate that was best on the held-out images after few epochs."""
-    path = results / "learning_rates.csv"
-    if quick and name != "base":
-        return LEARNING_RATES[0]
-    for lr in LEARNING_RATES:
-        if not any(row["name"] == name and float(row["lr"]) == lr for row in rows_of(path)):
-            epochs = 1 if quick else EPOCHS_TO_CHOOSE
-            top1, _ = train({**settings, "lr": lr, "epochs": epochs, "seed": 0}, output / name / f"lr-{lr}", data)
-            append(path, {"name": name, "lr": lr, "epochs": epochs, "held_out_top1": top1})
-    tried = [row for row in rows_of(path) if row["name"] == name]
-    return float(max(tried, key=lambda row: float(row["held_out_top1"]))["lr"])
+class Study:
+    """What is trained, on which data, and the tables of what was.
 
+    Args:
+        data: Folder with train, validation and test.
+        output: Where ``train.py`` writes.
+        results: Folder of the tables.
+        quick: One epoch each, and a learning rate chosen for the base only.
+    """
 
-def run(name: str, seed: int, output: Path, results: Path, data: Path, quick: bool) -> None:
-    path = results / "results.csv"
-    if any(row["name"] == name and int(row["seed"]) == seed for row in rows_of(path)):
-        return
-    settings = settings_of(name)
-    chooser = settings.pop("lr_of", name)
-    settings["lr"] = learning_rate_of(chooser, settings_of(chooser), output, results, data, quick)
-    settings.update({"seed": seed, **({"epochs": 1} if quick else {})})
-    folder = output / name / f"seed-{seed}"
-    held_out, seconds = train(settings, folder, data)
-    images = settings["epochs"] * sum(1 for _ in (data / "train").glob("*/*"))
-    row = {
-        "name": name,
-        "seed": seed,
-        "model": settings["model"],
-        "model_kwargs": json.dumps(settings.get("model_kwargs", {})),
-        "epochs": settings["epochs"],
-        "lr": settings["lr"],
-        **cost_of(settings),
-        "held_out_top1": held_out,
-        "test_top1": test(folder, data),
-        "seconds": round(seconds),
-        "images_per_second": round(images / seconds),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-    }
-    append(path, row)
-    print(f"{name}, seed {seed}: {row['test_top1']} on the test images", flush=True)
+    def __init__(self, data: Path, output: Path, results: Path, quick: bool):
+        self.data, self.output, self.quick = data, output, quick
+        self.trials, self.results = results / "trials.csv", results / "results.csv"
+
+    def folder(self, name: str, lr: float, epochs: int, seed: int) -> Path:
+        return self.output / name / f"lr-{lr}-epochs-{epochs}-seed-{seed}"
+
+    def trial(self, name: str, lr: float, epochs: int, seed: int) -> dict:
+        """One training's row, with its accuracy on the images held out."""
+        key = {"name": name, "lr": str(lr), "epochs": str(epochs), "seed": str(seed)}
+        for row in rows_of(self.trials):
+            if key.items() <= row.items():
+                return row
+        settings = {**settings_of(name), "lr": lr, "epochs": epochs, "seed": seed}
+        settings.pop("lr_of", None)
+        held_out, seconds = train(settings, self.folder(name, lr, epochs, seed), self.data)
+        append(self.trials, row := {**key, "held_out_top1": round(held_out, 2), "seconds": round(seconds)})
+        return row
+
+    def epochs(self, name: str) -> int:
+        return 1 if self.quick else settings_of(name)["epochs"]
+
+    def learning_rate(self, name: str) -> float:
+        """Of those that were tried to the end the best one on the images held out."""
+        if self.quick and name != "base":
+            return LEARNING_RATES[0]
+        rates, epochs = list(LEARNING_RATES), min(EPOCHS_TO_CHOOSE, self.epochs(name))
+        for keep, epochs in ((2, epochs), (1, self.epochs(name))):
+            found = {lr: float(self.trial(name, lr, epochs, 0)["held_out_top1"]) for lr in rates}
+            rates = sorted(found, key=lambda lr: -found[lr])[:keep]
+        return rates[0]
+
+    def run(self, name: str, seed: int) -> None:
+        """Trains and measures one run, if it has no row yet."""
+        if any(row["name"] == name and row["seed"] == str(seed) for row in rows_of(self.results)):
+            return
+        settings, epochs = settings_of(name), self.epochs(name)
+        lr = self.learning_rate(settings.get("lr_of", name))
+        trial = self.trial(name, lr, epochs, seed)
+        images, seconds = epochs * sum(1 for _ in (self.data / "train").glob("*/*")), int(trial["seconds"])
+        row = {
+            "name": name,
+            "seed": seed,
+            "model": settings["model"],
+            "model_kwargs": json.dumps(settings.get("model_kwargs", {})),
+            "epochs": epochs,
+            "lr": lr,
+            **cost_of(settings),
+            "held_out_top1": trial["held_out_top1"],
+            "test_top1": test(self.folder(name, lr, epochs, seed), self.data),
+            "seconds": seconds,
+            "images_per_second": round(images / seconds),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        }
+        append(self.results, row)
+        print(f"{name}, seed {seed}: {row['test_top1']} on the test images", flush=True)
 
 
 def few_images(data: Path, target: Path, per_class: int = 26) -> Path:
@@ -183,9 +208,10 @@ def main() -> None:
         results = args.output if args.quick else args.results
         if args.quick:
             shutil.rmtree(args.output, ignore_errors=True)
+        study = Study(data, args.output, results, args.quick)
         for seed in args.seeds:
             for name in args.names or every:
-                run(name, seed, args.output, results, data, args.quick)
+                study.run(name, seed)
         if args.quick:
             subprocess.run(
                 [sys.executable, HERE / "robustness.py", "--data-dir", data, "--results", results, "--images", "40"],
