@@ -2,11 +2,11 @@
 
     python benchmarks/study/run.py --data-dir cifar10
 
-runs every file below ``runs/``, or those that are named, over timm's ``train.py`` by this package's launcher: two epochs
-at each of three learning rates, the better two of them to the end, and of these the one that is better on the images held
-out, measured once on the test images. A row each goes to ``results.csv``, and a row for every training to ``trials.csv``;
-what has its row is not repeated. ``--quick`` takes a few images and steps, without choosing a learning rate but for the
-base, and goes on to ``robustness.py`` and ``report.py``: all in a few minutes, into the output folder.
+runs every file below ``runs/``, or those that are named, over timm's ``train.py`` by this package's launcher: two
+epochs at each of three learning rates, the better two of them to the end, and of these the one that is better on the
+images held out, measured once on the test images. A row each goes to ``results.csv``, and a row for every training to
+``trials.csv``; what has its row is not repeated. ``--quick`` takes a few images and steps, without choosing a learning
+rate but for the base, and goes on to ``robustness.py`` and ``report.py``: all in a few minutes, into the output folder.
 
 ``cifar10`` has ``train``, ``validation`` and ``test``, as ``benchmarks/cifar_folders.py`` makes them.
 """
@@ -145,11 +145,13 @@ class Study:
         """Of those that were tried to the end the best one on the images held out."""
         if self.quick and name != "base":
             return LEARNING_RATES[0]
-        rates, epochs = list(LEARNING_RATES), min(EPOCHS_TO_CHOOSE, self.epochs(name))
-        for keep, epochs in ((2, epochs), (1, self.epochs(name))):
+
+        def best(rates: tuple[float, ...], epochs: int) -> list[float]:
             found = {lr: float(self.trial(name, lr, epochs, 0)["held_out_top1"]) for lr in rates}
-            rates = sorted(found, key=lambda lr: -found[lr])[:keep]
-        return rates[0]
+            return sorted(found, key=lambda lr: -found[lr])
+
+        epochs = self.epochs(name)
+        return best(tuple(best(LEARNING_RATES, min(EPOCHS_TO_CHOOSE, epochs))[:2]), epochs)[0]
 
     def run(self, name: str, seed: int) -> None:
         """Trains and measures one run, if it has no row yet."""
