@@ -316,8 +316,8 @@ def test_calibration_in_batches_of_one_size(model, images, tmp_path, caplog):
     assert shapes([images[:5], images[:9]], batch=4) == [(4, 3, 28, 28)] * 3
     assert shapes([images[:3]], batch=8) == [(8, 3, 28, 28)]
     assert torch.equal(torch.cat(list(calibration_batches(model, [images[:5], images[5:12]], batch=4))), images[:12])
-    with pytest.raises(ValueError, match=r"calibration images must be \[N, 3, 28, 28\], got \[30, 3, 32, 32\]"):
-        shapes([images], size=(3, 28, 28))
+    with pytest.raises(ValueError, match=r"calibration images must be \[N, 3, 32, 32\], got \[30, 3, 28, 28\]"):
+        shapes([images], size=(3, 32, 32))
     shutil.copy(IMAGES / "cat/0000.png", tmp_path)
     (tmp_path / "bad.png").write_bytes(b"no image")
     assert len(shapes(tmp_path)) == 1
