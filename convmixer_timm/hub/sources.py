@@ -16,7 +16,7 @@ from ..checkpoints import Shape, StateDict, check_sizes, checkpoint_filter_fn, r
 from ..convmixer import CIFAR10_LABELS, ConvMixer
 from ..errors import one_line
 from ..files import as_text
-from ..inference.loading import check_labels, load_folder
+from ..inference.loading import check_labels, check_preprocessing, load_folder
 from ..training.record import FILE, Model, Record, describe_model
 from .cards import Evaluation, Training
 
@@ -175,6 +175,7 @@ def read_run(
     told = record.model if record else _described(run / "args.yaml", args)
     model = _model(run / checkpoint, told.architecture, told.args, state_dict)
     model.pretrained_cfg.update(told.preprocessing)
+    check_preprocessing(model, str(run))
     if labels is None:
         labels = record.data.classes if record else _classes_of_data_set(args["dataset"])
     rows = _summary(run / "summary.csv")

@@ -15,7 +15,15 @@ from ..checkpoints import check_sizes, checkpoint_filter_fn, read_checkpoint
 from ..convmixer import ConvMixer
 from .download import download
 
-__all__ = ["check_labels", "class_names", "load_folder", "load_model", "read_labels", "usable_device"]
+__all__ = [
+    "check_labels",
+    "check_preprocessing",
+    "class_names",
+    "load_folder",
+    "load_model",
+    "read_labels",
+    "usable_device",
+]
 
 
 def usable_device(name: str | None = None) -> torch.device:
