@@ -24,13 +24,13 @@ def study(monkeypatch):
 
 @pytest.fixture
 def images(tmp_path):
-    """Grey squares, of two shades."""
+    """Grey squares of ten shades, enough of them for a batch."""
     for part in ("train", "validation", "test"):
-        for i, name in enumerate(("dark", "light")):
-            folder = tmp_path / "images" / part / name
+        for i in range(10):
+            folder = tmp_path / "images" / part / f"grey{i}"
             folder.mkdir(parents=True)
-            for j in range(12):
-                Image.new("RGB", (32, 32), (60 + 100 * i + j,) * 3).save(folder / f"{j}.png")
+            for j in range(13):
+                Image.new("RGB", (32, 32), (20 * i + j,) * 3).save(folder / f"{j}.png")
     return tmp_path / "images"
 
 
