@@ -2,8 +2,8 @@
 
     python benchmarks/epoch.py cifar10_e25 --dataset torch/cifar10 --data-dir DIR
 
-Both by turns, each in a process of its own, on all cores. ``train.py``'s rate is that of its log over the steps after
-the first hundred, when its workers have started and a folder's small images are in memory if --warm-up is an epoch's.
+Both by turns, on all cores. ``train.py``'s rate is that of its log over the last epoch's steps after the first hundred,
+when its workers have started. With ``--epochs 2`` a folder's small images are in memory by then.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import timm
 import torch
@@ -77,4 +76,4 @@ if __name__ == "__main__":
         print(f"{name:12}{statistics.median(values):6.0f} images/s ({min(values):.0f} to {max(values):.0f})")
     alone, train = (statistics.median(values) for values in rates.values())
     print(f"train.py keeps {train / alone:.2f}")
-    print(f"{recipe['model']}, torch {torch.__version__}, timm {timm.__version__}, {Path(sys.executable).name}")
+    print(f"{recipe['model']}, torch {torch.__version__}, timm {timm.__version__}")

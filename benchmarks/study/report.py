@@ -4,13 +4,13 @@ python benchmarks/study/report.py
 """
 
 import argparse
-import csv
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from run import rows_of
 
 HERE = Path(__file__).parent
 BASE = "ConvMixer-128/8, kernel 5, patch 4"
@@ -56,11 +56,6 @@ QUESTIONS = {
         "vit_shuffled": "ViT, shuffled",
     },
 }
-
-
-def read(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def mean(rows: list[dict], key: str) -> float:
@@ -147,16 +142,18 @@ def main() -> None:
     args = parser.parse_args()
     matplotlib.use("agg")
     rows = defaultdict(list)
-    for row in read(args.results / "results.csv"):
+    for row in rows_of(args.results / "results.csv"):
         rows[row["name"]].append(row)
+    if not rows:
+        raise SystemExit(f"{args.results} has no results.csv: run.py writes it")
     plots = args.results / "plots"
     plots.mkdir(exist_ok=True)
     for name, runs in QUESTIONS.items():
         if len([run for run in runs if run in rows]) > 1:
             print(f"## {name}\n\n{table(runs, rows)}\n")
             draw_question(name, runs, rows, plots)
-    if (args.results / "robustness.csv").exists():
-        draw_robustness(read(args.results / "robustness.csv"), plots)
+    if robustness := rows_of(args.results / "robustness.csv"):
+        draw_robustness(robustness, plots)
 
 
 if __name__ == "__main__":

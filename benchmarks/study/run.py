@@ -22,12 +22,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import models  # noqa: F401  registers them
 import timm
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+from train_step import append_rows  # noqa: E402  of the benchmarks beside this folder
+
 LEARNING_RATES = (0.01, 0.03, 0.1)
 EPOCHS_TO_CHOOSE = 2
 SPLITS = ("train", "validation", "test")
@@ -41,9 +45,6 @@ def settings_of(name: str) -> dict:
 
 def cost_of(settings: dict) -> dict:
     """Parameters of a run's model and multiply-adds of one image's forward pass, in millions."""
-    sys.path.insert(0, str(HERE))
-    import models  # noqa: F401  registers them
-
     model = timm.create_model(settings["model"], num_classes=10, **settings.get("model_kwargs", {})).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, *settings["input_size"]))
@@ -93,15 +94,6 @@ def test(folder: Path, data: Path) -> float:
     return json.loads(results.read_text())["top1"]
 
 
-def append(path: Path, row: dict) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def rows_of(path: Path) -> list[dict]:
     if not path.exists():
         return []
@@ -135,7 +127,8 @@ class Study:
         settings = {**settings_of(name), "lr": lr, "epochs": epochs, "seed": seed}
         settings.pop("lr_of", None)
         held_out, seconds = train(settings, self.folder(name, lr, epochs, seed), self.data)
-        append(self.trials, row := {**key, "held_out_top1": round(held_out, 2), "seconds": round(seconds)})
+        row = {**key, "held_out_top1": round(held_out, 2), "seconds": round(seconds)}
+        append_rows(self.trials, [row])
         return row
 
     def epochs(self, name: str) -> int:
@@ -177,7 +170,7 @@ class Study:
             "timm": timm.__version__,
             "python": platform.python_version(),
         }
-        append(self.results, row)
+        append_rows(self.results, [row])
         print(f"{name}, seed {seed}: {row['test_top1']} on the test images", flush=True)
 
 

@@ -40,20 +40,20 @@ class _Layer(nn.Module):
 class ConvActNorm(_Layer):
     """Before a sequence of convolution, activation and norm."""
 
-    def _fast(self, x):
+    def _fast(self, x, residual=False):
         if len(self) != 3:  # a part of one, or somebody put a layer in
-            return self.forward(x)
-        return _conv_act_norm(x, *self)
+            y = self.forward(x)
+            return y + x if residual else y
+        return _conv_act_norm(x, *self, residual=residual)
 
 
 class Residual(_Layer):
     """Before a module that adds its input to its `fn`, a `ConvActNorm`, with stochastic depth `drop_path`."""
 
     def _fast(self, x):
-        fn = self.fn
-        if isinstance(fn, ConvActNorm) and len(fn) == 3 and _untouched(fn) and type(self.drop_path) is nn.Identity:
-            return _conv_act_norm(x, *fn, residual=True)
-        return self.drop_path(fn(x)) + x
+        if isinstance(self.fn, ConvActNorm) and _untouched(self.fn) and type(self.drop_path) is nn.Identity:
+            return self.fn._fast(x, residual=True)
+        return self.drop_path(self.fn(x)) + x
 
 
 class Block(_Layer):
