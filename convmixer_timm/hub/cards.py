@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
 __all__ = [
     "Evaluation",
@@ -12,14 +13,19 @@ __all__ = [
     "adopt_card",
     "around_marks",
     "compose_card",
+    "link_page",
+    "listed",
     "make_card",
     "merge_cards",
     "put_between",
+    "read_card",
     "rename_in_card",
 ]
 
 BEGIN = "<!-- Written by convmixer-timm, and anew by each publish, up to the closing mark. Text outside stays. -->"
 END = "<!-- convmixer-timm: closing mark -->"
+
+_PAGE = "**[Try it in your browser]({})**\n\n"
 
 _CITATION = """```bibtex
 @article{trockman2023patches,
@@ -199,6 +205,30 @@ def _model_index(name: str, training: Training | None, evaluation: Evaluation | 
     return {"model_name": name, "eval_results": results}
 
 
+def read_card(text: str, kind: type[RepoCard] = ModelCard) -> RepoCard:
+    """A card of a text that people may have edited.
+
+    Raises:
+        ValueError: If its metadata can't be read; the message is one line.
+    """
+    try:
+        return kind(text, ignore_metadata_errors=True)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the metadata at the top of its README.md can't be read, mend it first: {reason}") from error
+
+
+def listed(value: Any) -> list[Any]:
+    """What metadata names, where one thing may stand without a list."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def link_page(card: str, address: str) -> str:
+    """A model's card with a line for its page, below the title."""
+    line = _PAGE.format(address)
+    return re.sub(re.escape(BEGIN) + r"\n\n(# .*\n\n)?", lambda found: found[0] + line, card, count=1)
+
+
 def compose_card(data: CardData, text: str) -> str:
     """A card of metadata and text, as a file."""
     return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
@@ -222,24 +252,34 @@ def merge_cards(new: str, old: str) -> str:
 
     The text outside the marks stays where it is; an old card without marks stays whole, above the new one. Metadata
     that only the old card has, or that people choose (the licence, say), stays; name and accuracies are the new ones,
-    as they belong to the weights.
+    as they belong to the weights. A link to the model's page stays, as the page does.
+
+    Raises:
+        ValueError: As from `read_card`.
     """
-    mine, theirs = ModelCard(new), ModelCard(old)
+    mine, theirs = ModelCard(new), read_card(old)
+    link = re.compile(re.escape(_PAGE).replace(re.escape("{}"), "(.*)"))
+    if (page := link.search(theirs.text)) and not link.search(mine.text):
+        mine = ModelCard(link_page(new, page[1]))
     text = put_between(mine.text, around_marks(theirs.text) or (theirs.text, ""))
     ours, kept = mine.data.to_dict(), theirs.data.to_dict()
     for key in ("model-index", *(("base_model", "base_model_relation") if "base_model" in ours else ())):
         kept.pop(key, None)
     merged = {**ours, **kept, "library_name": ours["library_name"]}
     for key in ("tags", "datasets"):
-        both = dict.fromkeys([*ours.get(key, ()), *kept.get(key, ())])  # a set that keeps the order
+        both = dict.fromkeys([*listed(ours.get(key)), *listed(kept.get(key))])  # a set that keeps the order
         if both:
             merged[key] = list(both)
     return compose_card(ModelCardData(**merged), text)
 
 
 def adopt_card(own: str, generated: str) -> str:
-    """Somebody's own card, marked as what a publish may write anew, with the metadata that it lacks."""
-    card = ModelCard(own)
+    """Somebody's own card, marked as what a publish may write anew, with the metadata that it lacks.
+
+    Raises:
+        ValueError: As from `read_card`.
+    """
+    card = read_card(own)
     if BEGIN in card.text:
         return own
     metadata = {**ModelCard(generated).data.to_dict(), **card.data.to_dict()}

@@ -19,10 +19,10 @@ from huggingface_hub.utils.sha import git_hash
 from ..errors import NETWORK, HubError, HubTimeout, hub_reason, hub_status, local_cause, local_reason
 from ..files import files_below, sha256
 from ..version import version
-from .cards import merge_cards
+from .cards import link_page, merge_cards
 from .packing import pack
 from .sources import read_source
-from .space import build_space, link_space, merge_space_cards
+from .space import build_space, is_free, merge_space_cards, space_url
 from .waiting import limit_waiting
 
 __all__ = ["Publication", "publish"]
@@ -126,7 +126,7 @@ def publish(
         if page:
             build_space(folder, space, repo_id)
             card = folder / "README.md"
-            card.write_text(link_space(card.read_text(encoding="utf-8"), repo_id), encoding="utf-8")
+            card.write_text(link_page(card.read_text(encoding="utf-8"), space_url(repo_id)), encoding="utf-8")
         if dry_run:
             return _publication(folder, page=_publication(space) if page else None)
         if constants.HF_HUB_OFFLINE:
@@ -192,16 +192,18 @@ def _send(
         raise HubError(f"{where} is there and public: make it private in its settings first, or leave out --private")
     if revision:
         attempt(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    head = str(attempt(lambda: api.repo_info(repo_id, revision=revision, repo_type=repo_type)).sha)
+    there = attempt(lambda: api.repo_info(repo_id, revision=revision, repo_type=repo_type))
+    head, names = str(there.sha), [file.rfilename for file in there.siblings or ()]
     card = folder / "README.md"
-    old = attempt(lambda: _old_card(repo_id, head, repo_type))
-    if old is not None:
-        try:
-            card.write_text(
-                (merge_space_cards if space else merge_cards)(card.read_text(encoding="utf-8"), old), encoding="utf-8"
-            )
-        except HubError as error:
-            raise HubError(f"{where}: {error}. {state}.") from error
+    try:
+        old = attempt(lambda: _read(repo_id, "README.md", head, repo_type))
+        if space and not is_free(old, names, attempt(lambda: _read(repo_id, "index.html", head, repo_type))):
+            raise ValueError("there is a Space of that name already, and it is no such page: rename it first")
+        if old is not None:
+            merge = merge_space_cards if space else merge_cards
+            card.write_text(merge(card.read_text(encoding="utf-8"), old), encoding="utf-8")
+    except ValueError as error:
+        raise HubError(f"{where}: {error}. {state}.") from error
     tagged = None
     if tag:
         refs = attempt(lambda: api.list_repo_refs(repo_id))
@@ -245,11 +247,14 @@ def _holds(api: HfApi, repo_id: str, commit: str, folder: Path) -> bool:
     return len(same) == len(files) and all(same)
 
 
-def _old_card(repo_id: str, commit: str, repo_type: str) -> str | None:
+def _read(repo_id: str, name: str, commit: str, repo_type: str) -> str | None:
+    """A text file of a commit; None where it has none of that name."""
     with tempfile.TemporaryDirectory() as cache:
         try:
-            file = hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache, repo_type=repo_type)
+            file = hf_hub_download(repo_id, name, revision=commit, cache_dir=cache, repo_type=repo_type)
             return Path(file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"its {name} is no text in UTF-8, mend it first") from error
         except LocalEntryNotFoundError as error:  # the Hub didn't answer, and this cache is empty
             raise ConnectionError(str(error).splitlines()[0]) from error
         except EntryNotFoundError:

@@ -1,17 +1,18 @@
 """A model's page as a static Space of the Hub, beside the model's repository."""
 
-import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import ModelCard, SpaceCard, SpaceCardData, constants
 
-from ..errors import HubError
 from ..web.page import page
-from .cards import BEGIN, END, around_marks, compose_card, put_between
+from .cards import BEGIN, END, around_marks, compose_card, listed, put_between, read_card
 
-__all__ = ["build_space", "link_space", "merge_space_cards", "space_url"]
+__all__ = ["build_space", "is_free", "merge_space_cards", "space_url"]
 
-_TEMPLATE = "Check out the configuration reference"  # begins the card of a Space that is new
+# What the Hub puts into a static Space that is new: these files, and this sentence into its page.
+_TEMPLATE = {".gitattributes", "README.md", "index.html", "style.css"}
+_WELCOME = "Welcome to your static Space!"
 # What a page needs, whatever people made of its card.
 _OURS = ("sdk", "app_file")
 
@@ -51,25 +52,30 @@ def build_space(model_folder: Path, folder: Path, repo_id: str) -> None:
     (folder / "README.md").write_text(compose_card(data, f"{BEGIN}\n\n{text}\n\n{END}"), encoding="utf-8")
 
 
-def link_space(card: str, repo_id: str) -> str:
-    """A model's card with a line for its page, below the title."""
-    line = f"**[Try it in your browser]({space_url(repo_id)})**\n\n"
-    return re.sub(re.escape(BEGIN) + r"\n\n(# .*\n\n)?", lambda found: found[0] + line, card, count=1)
+def is_free(card: str | None, files: Iterable[str], index: str | None) -> bool:
+    """Whether a page may be written into a Space: it holds an earlier one, or nothing that somebody made.
+
+    Args:
+        card: Its ``README.md``, if it has one.
+        files: Names of all of its files.
+        index: Its ``index.html``, if it has one.
+    """
+    if card is not None and around_marks(card):
+        return True
+    return set(files) <= _TEMPLATE and (index is None or _WELCOME in index)
 
 
 def merge_space_cards(new: str, old: str) -> str:
     """A Space's new card with what people wrote into the old one: metadata, and text outside the marks.
 
     Raises:
-        HubError: If the Space is something else than such a page.
+        ValueError: As from `read_card`.
     """
-    mine, theirs = SpaceCard(new), SpaceCard(old)
+    mine, theirs = SpaceCard(new), read_card(old, SpaceCard)
     around = around_marks(theirs.text)
-    if around is None:
-        if theirs.text.strip() and not theirs.text.strip().startswith(_TEMPLATE):
-            raise HubError("there is a Space of that name already, and it is no such page: rename it first")
+    if around is None:  # a new Space's
         return new
     ours, kept = mine.data.to_dict(), theirs.data.to_dict()
     merged = {**ours, **kept, **{key: ours[key] for key in _OURS}}
-    merged["models"] = list(dict.fromkeys([*ours["models"], *kept.get("models", ())]))
+    merged["models"] = list(dict.fromkeys([*ours["models"], *listed(kept.get("models"))]))
     return compose_card(SpaceCardData(**merged), put_between(mine.text, around))

@@ -300,6 +300,30 @@ def test_run_that_began_with_a_checkpoint_of_the_hub(server, client, tmp_path):
     assert "hf-hub:ann/gone" in client.fails("publish", run, "--repo-id", "ann/tuned")
 
 
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("ann/broken", b"---\ntags: [\n---\nhello", "the metadata at the top of its README.md can't be read, mend it"),
+        ("ann/list", b"---\n- a list\n---\nhello", "the metadata at the top of its README.md can't be read, mend it"),
+        ("ann/bytes", b"\xff\xfe", "its README.md is no text in UTF-8, mend it first"),
+    ],
+)
+def test_a_card_that_cant_be_read_is_not_overwritten(name, text, said, server, client):
+    repo = server.repos[name] = Repo(private=False, owner="ann")
+    head = repo.branches["main"] = repo.add({"README.md": server.store(text)})
+    error = client.fails("publish", SOURCE, "--repo-id", name)
+    assert said in error and f"{name} has no new commit" in error and head == repo.branches["main"]
+
+
+def test_metadata_of_one_word_stays_a_word(server, client):
+    repo = server.repos["ann/word"] = Repo(private=False, owner="ann")
+    card = b"---\ntags: mine\ndatasets: cifar10\n---\nhello"
+    repo.branches["main"] = repo.add({"README.md": server.store(card)})
+    assert client("publish", SOURCE, "--repo-id", "ann/word")[0] == 0
+    data = ModelCard(server.files("ann/word")["README.md"].decode()).data
+    assert "mine" in data.tags and "m" not in data.tags and "cifar10" in data.datasets
+
+
 def test_labels_must_fit(client, run, tmp_path):
     (tmp_path / "labels.txt").write_text("ant\nbee\nwasp\n")
     assert "2 classes" in client.fails("publish", run, "--repo-id", "ann/x", "--labels", tmp_path / "labels.txt")

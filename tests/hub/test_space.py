@@ -5,6 +5,7 @@ from huggingface_hub import ModelCard, SpaceCard
 
 from convmixer_timm.inference.optimize import unavailable
 
+from .server import Repo
 from .test_publish import PICTURES, SOURCE, Client, client, mended, server  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.skipif(unavailable("onnxruntime") is not None, reason=str(unavailable("onnxruntime")))
@@ -51,24 +52,65 @@ def test_what_people_wrote_into_a_spaces_card_stays(server, client):  # noqa: F8
     space = server.repos["spaces:ann/kept"]
     card = server.files("spaces:ann/kept")["README.md"].decode()
     card = card.replace("title: kept", "title: Ships & co").replace("---\n\n", "---\n\nMy own words.\n\n", 1)
-    card = card.replace("sdk: static", "sdk: static\npinned: true")
+    card = card.replace("sdk: static", "sdk: static\npinned: true").replace("models:\n- ann/kept", "models: ann/other")
     table = {**space.commits[space.branches["main"]], "README.md": server.store(card.encode())}
     space.branches["main"] = space.add(table)
     assert client("publish", SOURCE, "--repo-id", "ann/kept", "--page")[0] == 0
     card = SpaceCard(server.files("spaces:ann/kept")["README.md"].decode())
     assert card.data.title == "Ships & co" and card.data.pinned is True
+    assert card.data.models == ["ann/kept", "ann/other"]
     assert card.text.count("My own words.") == 1 and card.text.count("# kept") == 1
 
 
-def test_somebodys_other_space_is_left_alone(server, client):  # noqa: F811
-    assert client("publish", SOURCE, "--repo-id", "ann/demo", "--page")[0] == 0
-    space = server.repos["spaces:ann/demo"]
-    other = server.store(b"---\ntitle: Demo\nsdk: gradio\n---\nA demo of mine.\n")
-    head = space.branches["main"] = space.add({"README.md": other, "app.py": other})
-    error = client.fails("publish", SOURCE, "--repo-id", "ann/demo", "--page")
-    assert "the Space ann/demo: there is a Space of that name already" in error
-    assert "ann/demo is published; its Space has no new commit" in error
+CARD = "---\ntitle: Demo\nsdk: {}\n---\n{}"
+NEW = "Check out the configuration reference at https://huggingface.co/docs/hub/spaces-config-reference\n"
+WELCOME = "<p>Welcome to your static Space!</p>"
+
+
+OTHERS = {
+    "own-text": {"README.md": CARD.format("gradio", "A demo of mine.\n"), "app.py": "mine"},
+    "own-app": {"README.md": CARD.format("gradio", NEW), "app.py": "mine", "requirements.txt": "torch"},
+    "own-page": {"README.md": CARD.format("static", NEW), "index.html": "<h1>My own</h1>", "style.css": "body {}"},
+    "no-card": {"app.py": "mine"},
+    "no-text": {"README.md": b"\xff\xfe", "index.html": WELCOME},
+    "no-yaml": {"README.md": "---\ntitle: [\n---\nhello", "index.html": WELCOME},
+}
+SAID = {
+    "no-text": "its README.md is no text in UTF-8, mend it first",
+    "no-yaml": "the metadata at the top of its README.md can't be read",
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_somebodys_other_space_is_left_alone(kind, server, client):  # noqa: F811
+    name = f"ann/{kind}"
+    space = server.repos[f"spaces:{name}"] = Repo(private=False, owner="ann")
+    head = space.branches["main"] = space.add(
+        {file: server.store(text if isinstance(text, bytes) else text.encode()) for file, text in OTHERS[kind].items()}
+    )
+    error = client.fails("publish", SOURCE, "--repo-id", name, "--page")
+    assert f"the Space {name}: {SAID.get(kind, 'there is a Space of that name already')}" in error
+    assert f"{name} is published; its Space has no new commit" in error
     assert space.branches["main"] == head
+
+
+def test_a_space_that_nobody_touched_is_taken(server, client):  # noqa: F811
+    for number, files in enumerate(
+        [{}, {"README.md": CARD.format("static", NEW), "index.html": WELCOME, "style.css": "", ".gitattributes": ""}]
+    ):
+        name = f"ann/new-{number}"
+        space = server.repos[f"spaces:{name}"] = Repo(private=False, owner="ann")
+        space.branches["main"] = space.add({file: server.store(text.encode()) for file, text in files.items()})
+        assert client("publish", SOURCE, "--repo-id", name, "--page")[0] == 0
+        assert set(server.files(f"spaces:{name}")) == PAGE | set(files)
+
+
+def test_the_link_to_the_page_stays_without_the_page(server, client):  # noqa: F811
+    assert client("publish", SOURCE, "--repo-id", "ann/linked", "--page")[0] == 0
+    card = server.files("ann/linked")["README.md"]
+    code, out, err = client("publish", SOURCE, "--repo-id", "ann/linked")
+    assert code == 0, err
+    assert server.files("ann/linked")["README.md"] == card and b"Try it in your browser" in card
 
 
 @pytest.mark.parametrize(
