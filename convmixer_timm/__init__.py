@@ -47,6 +47,10 @@ _ROOMS = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> object:
     if name == "__version__":
         from .version import version

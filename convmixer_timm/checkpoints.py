@@ -5,7 +5,7 @@
 | timm       | ``stem.0.weight``          | timm, this package, the authors' fork of timm                 |
 | authors    | ``3.0.fn.0.weight``        | the flat `nn.Sequential` of locuslab/convmixer(-cifar10)      |
 | labml      | ``patch_emb.conv.weight``  | labml's annotated implementation                              |
-| mmpretrain | ``backbone.stem.0.weight`` | OpenMMLab's mmpretrain                                        |
+| mmpretrain | ``backbone.stages.0…``     | OpenMMLab's mmpretrain                                        |
 
 All of them are the same network, so this is a renaming; prefixes that a wrapper of the model left in front of the keys
 (`DataParallel`, `torch.compile`, a Lightning module's attribute) are dropped. The activation leaves no trace in the
@@ -16,6 +16,7 @@ import argparse
 import pickle
 import re
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,14 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
-from .errors import one_line, os_reason
+from .errors import one_line
 from .files import atomic_path
 
 __all__ = ["Shape", "check_sizes", "checkpoint_filter_fn", "convert", "read_checkpoint", "to_timm_layout"]
 
 # In an order in which no key ends like that of a layout before it.
 _MARKERS = {
-    "mmpretrain": "backbone.stem.0.weight",
+    "mmpretrain": "backbone.stages.0.0.fn.0.weight",
     "timm": "stem.0.weight",
     "authors": "3.0.fn.0.weight",
     "labml": "patch_emb.conv.weight",
@@ -47,11 +48,11 @@ _LABML = (
     ("classification.linear.", "head."),
 )
 _MMPRETRAIN = (("backbone.stem.", "stem."), ("backbone.stages.", "blocks."), ("head.fc.", "head."))
-# Under what trainers keep the weights, averaged ones first.
-_WRAPPERS = (
-    *("state_dict_ema", "ema_state_dict", "model_ema", "state_dict", "model_state_dict", "model_state"),
-    *("model", "net", "network", "module", "weights", "params"),
-)
+# Under what trainers usually keep the weights, and how averaged ones are called.
+_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights", "params")
+_AVERAGED = re.compile(r"(^|[._])(ema|averaged|swa)([._]|$)")
+# What wrappers of a model's parts leave inside of a name.
+_INNER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 StateDict = dict[str, torch.Tensor]
 
@@ -117,13 +118,28 @@ def _from_authors(state_dict: StateDict) -> StateDict:
     return out
 
 
-def _layout(keys: set[str]) -> tuple[str | None, str]:
-    """The layout that some keys have, and the prefix that they all have there."""
+def _layout(keys: Iterable[str]) -> tuple[str | None, str]:
+    """The layout that some keys have, and the prefix that they all have there; of several, averaged weights'."""
     for name, marker in _MARKERS.items():
         prefixes = [key.removesuffix(marker) for key in keys if key == marker or key.endswith(f".{marker}")]
         if prefixes:
-            return name, min(prefixes, key=lambda prefix: (len(prefix), prefix))
+            return name, min(prefixes, key=lambda prefix: (not _AVERAGED.search(prefix), len(prefix), prefix))
     return None, ""
+
+
+def _candidates(content: dict[Any, Any], seen: set[int]) -> Iterator[StateDict]:
+    """The tensors by name in a checkpoint and in whatever is nested in it, those that are most likely meant first."""
+    if id(content) in seen:  # one that holds itself
+        return
+    seen.add(id(content))
+    inner = {str(key): value for key, value in content.items() if isinstance(value, dict)}
+    averaged = [key for key in inner if _AVERAGED.search(key)]
+    for key in averaged:
+        yield from _candidates(inner[key], seen)
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    yield {_INNER.sub("", key): value for key, value in tensors.items()}
+    for key in sorted(inner.keys() - averaged, key=lambda key: (key not in _WRAPPERS, list(inner).index(key))):
+        yield from _candidates(inner[key], seen)
 
 
 def to_timm_layout(state_dict: StateDict) -> tuple[StateDict, str]:
@@ -131,8 +147,8 @@ def to_timm_layout(state_dict: StateDict) -> tuple[StateDict, str]:
 
     Args:
         state_dict: Tensors by name in any layout of this module's table, with or without the prefixes of
-            `DataParallel`, `torch.compile` and Lightning modules, or a checkpoint that holds them as trainers do:
-            under ``state_dict``, ``model_state_dict``, ``model``, ``net``, …; averaged ones are preferred.
+            `DataParallel`, `torch.compile` and Lightning modules, or a checkpoint that holds them as trainers do,
+            under any key and however deep; averaged ones (``ema``, …) are preferred.
 
     Returns:
         The tensors by timm's names, and the layout's name.
@@ -142,15 +158,13 @@ def to_timm_layout(state_dict: StateDict) -> tuple[StateDict, str]:
     """
     if not isinstance(state_dict, dict):
         raise ValueError(f"Not a ConvMixer checkpoint: expected tensors by name, found a {type(state_dict).__name__}")
-    content: dict[str, Any] = state_dict
-    while inner := next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None):
-        content = inner
-    state_dict = content
-    layout, prefix = _layout({key for key in state_dict if isinstance(key, str)})
+    found = ", ".join(map(str, list(state_dict)[:3])) or "nothing"
+    state_dict, layout, prefix = next(
+        ((tensors, *which) for tensors in _candidates(state_dict, set()) if (which := _layout(tensors))[0]),
+        ({}, None, ""),
+    )
     if prefix:  # what else a wrapper keeps (a criterion, metrics) is no part of the model
-        state_dict = {k[len(prefix) :]: v for k, v in state_dict.items() if isinstance(k, str) and k.startswith(prefix)}
-    if layout and not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state_dict.items()):
-        raise ValueError("Not a ConvMixer checkpoint: it holds more than tensors by name.")
+        state_dict = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     if layout == "authors":
         state_dict = _from_authors(state_dict)
     elif layout == "labml":
@@ -159,7 +173,6 @@ def to_timm_layout(state_dict: StateDict) -> tuple[StateDict, str]:
         state_dict = _renamed(state_dict, _MMPRETRAIN)
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith("data_preprocessor.")}
     if layout is None or "blocks.0.0.fn.0.weight" not in state_dict:
-        found = ", ".join(map(str, list(state_dict)[:3])) or "nothing"
         expected = ", ".join(f"{key} ({name})" for name, key in _MARKERS.items())
         raise ValueError(f"Not a ConvMixer checkpoint: expected a key such as {expected}; found {found}, …")
     return state_dict, layout
@@ -202,13 +215,15 @@ def read_checkpoint(path: str | Path) -> StateDict:
     """Reads a file of weights without running anything in it: safetensors, or a pickle with tensors only.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it can't be read, or is a pickle that asks for code, as some of torch's own (a whole module) do.
-            The message is one line.
+        OSError: If there is no such file, or no right to read it.
+        ValueError: If it holds something else, or is a pickle that asks for code, as some of torch's own (a whole
+            module) do. The message is one line.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No such checkpoint file: {path}" + ", it is a folder" * path.is_dir())
+    with path.open("rb"):  # an error of rights is told as such
+        pass
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -237,8 +252,6 @@ def _why(error: Exception) -> str:
         return f"it is damaged, or no pickle of tensors only ({detail[1].strip() if detail else type(error).__name__})"
     if "TorchScript" in text:
         return "it is a TorchScript program, which is never run here: torch.save its state_dict() to another file"
-    if isinstance(error, PermissionError):
-        return os_reason(error)
     return f"it is damaged ({text if 0 < len(text) <= 200 else type(error).__name__})"
 
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .errors import one_line, os_reason, printable
+from .errors import DISK, one_line, os_reason, printable
 from .version import version
 
 DEFAULT_MODEL = "convmixer_256_8.e25_cifar10"
@@ -143,8 +143,9 @@ def _train(args: argparse.Namespace) -> int:
 def _recipes(args: argparse.Namespace) -> int:
     from .training.launch import recipes
 
-    for name, description in recipes().items():
-        print(f"{name:16}{description}")
+    known = recipes()
+    for name, description in known.items():
+        print(f"{name:{max(map(len, known))}}  {description}")
     return 0
 
 
@@ -253,6 +254,8 @@ def _fail(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno:
         name = error.filename2 or error.filename
         message = f"{name if isinstance(name, str) else 'reading or writing a file'}: {os_reason(error)}"
+        if error.errno in DISK:
+            message += ": free some space, or write to another disk"
     if os.environ.get("RANK", "0") == "0":  # once, where torchrun started several
         print(f"convmixer-timm: error: {one_line(message)}", file=sys.stderr)
     return 1

@@ -1,17 +1,21 @@
 """What goes wrong, told in one line by its cause: the disk, rights, the network or the Hub; with what to do."""
 
+import contextlib
 import errno
 import os
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, HTTPError
 
 __all__ = [
+    "DISK",
     "NETWORK",
     "HubError",
     "HubTimeout",
+    "check_hub_settings",
     "hub_reason",
     "hub_status",
     "local_cause",
@@ -28,11 +32,18 @@ NETWORK = (OSError, HTTPError)
 
 _TIMEOUTS = ("ConnectTimeout", "ReadTimeout", "WriteTimeout", "PoolTimeout", "TimeoutError", "HubTimeout")
 _CLIENTS = ("httpx", "httpcore", "requests", "urllib3")  # whose errors are the network's, whatever is behind them
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _PATHS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
 _OTHERS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.EBUSY}
-_LOCAL = _DISK | _RIGHTS | _PATHS | _OTHERS
+_LOCAL = DISK | _RIGHTS | _PATHS | _OTHERS
+# What to do about an answer of the Hub to who only reads.
+_READING = {
+    401: "the token is wrong or expired: run `hf auth login`, or unset HF_TOKEN",
+    403: "the token may not read that: take another, by `hf auth login` or HF_TOKEN",
+    404: "nothing of that name is there: check the name and HF_ENDPOINT",
+    429: "too many requests: wait some minutes",
+}
 
 
 class HubError(OSError):
@@ -84,7 +95,7 @@ def local_reason(error: OSError, setting: str = "HF_HOME") -> str:
     named = error.filename2 or error.filename
     where = os.fsdecode(named) if isinstance(named, str | bytes) else f"the folder of {setting}"
     said = f"{where}: {os_reason(error)}"
-    if error.errno in _DISK:
+    if error.errno in DISK:
         return f"{said}: free some space, or set {setting} to a folder on another disk"
     if error.errno in _RIGHTS:
         return f"{said}: get the right to write there, or set {setting} to a folder of yours"
@@ -99,6 +110,18 @@ def local_reason(error: OSError, setting: str = "HF_HOME") -> str:
 def hub_status(error: BaseException) -> int | None:
     """The status that the Hub answered with; None for what is no answer of it."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def check_hub_settings() -> None:
+    """Raises HubError where the settings of huggingface_hub name no address or no token."""
+    address = urlsplit(constants.ENDPOINT)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise HubError(f"HF_ENDPOINT is {constants.ENDPOINT!r}, which is no address: set it to https://…, or unset it")
+    token = None
+    with contextlib.suppress(OSError):  # a HF_HOME that is no folder, which matters where it is needed
+        token = get_token()
+    if not (token or "").isascii():
+        raise HubError("the Hugging Face token has other characters than tokens have: set HF_TOKEN anew, or unset it")
 
 
 def hub_reason(error: Exception) -> str:
@@ -119,6 +142,8 @@ def transfer_reason(error: Exception) -> str:
     local = local_cause(error)
     if local is not None:
         return local_reason(local)
-    if isinstance(error, HfHubHTTPError) or type(error).__name__ in _TIMEOUTS:
-        return f"{hub_reason(error)}: try again later"
+    if (status := hub_status(error)) is not None or type(error).__name__ in _TIMEOUTS:
+        return f"{hub_reason(error)}: {_READING.get(status or 0, 'try again later')}"
+    if isinstance(error, FileMetadataError):
+        return f"{constants.ENDPOINT} answers as no Hub does: check HF_ENDPOINT, or what stands between"
     return f"{hub_reason(error)}: check the connection, or try again later"

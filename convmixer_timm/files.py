@@ -12,7 +12,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["as_text", "atomic_path", "cache_dir", "cached_sha256", "files_below", "private_dir", "sha256"]
+from .errors import local_cause
+
+__all__ = [
+    "as_text",
+    "atomic_path",
+    "cache_dir",
+    "cached_sha256",
+    "files_below",
+    "folder_beside",
+    "private_dir",
+    "sha256",
+]
 
 
 def cache_dir() -> Path:
@@ -42,15 +53,34 @@ def atomic_path(path: Path) -> Iterator[Path]:
     It may become a file or a folder; a folder that exists is replaced as a whole, by a folder only.
     Several processes may do so at once: each writes its own file and the last rename wins.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as folder:
-        temporary = Path(folder) / path.name
+    with folder_beside(path) as folder:
+        temporary = folder / path.name
         yield temporary
         if path.is_dir():
             if not temporary.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "is a folder: name a file to write", str(path))
-            os.replace(path, Path(folder) / ".old")
+            os.replace(path, folder / ".old")
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of `path`, whose own folder is made where it isn't there.
+
+    Raises:
+        OSError: If it can't be written there; it names `path`, whatever the library that wrote raised.
+    """
+    inside = str(path.parent / ".tmp-")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as name:
+            yield Path(name)
+    except Exception as error:
+        cause = None if isinstance(error, OSError) and error.errno is None else local_cause(error)
+        named = cause and (cause.filename2 or cause.filename)
+        if cause is None or (named and named != str(path.parent) and not os.fsdecode(named).startswith(inside)):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def files_below(folder: Path) -> dict[str, Path]:

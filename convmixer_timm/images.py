@@ -59,11 +59,14 @@ def find_images(patterns: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}  # a set that keeps the order
     for pattern in patterns:
+        if not str(pattern):
+            raise ValueError("the name of an image is empty")
         paths = [Path(pattern)]
         if not os.path.lexists(pattern):
             paths = sorted(map(Path, glob.glob(str(pattern), recursive=True))) or paths
         for path in paths:
-            found.update(dict.fromkeys(_search(path) if path.is_dir() else [path]))
+            # Not by Path.is_dir, which raises where a folder above may not be entered.
+            found.update(dict.fromkeys(_search(path) if os.path.isdir(path) else [path]))
     return list(found)
 
 
@@ -111,24 +114,26 @@ def load_image(source: Any, channels: int = 3) -> Image.Image:
 
 
 def _open(source: str | os.PathLike | BinaryIO) -> Image.Image:
-    file = source if not isinstance(source, str | os.PathLike) else None
-    name = str(getattr(file, "name", "image") if file else source)
+    path = source if isinstance(source, str | os.PathLike) else None
+    name = str(getattr(source, "name", "image") if path is None else path)
     try:
-        if file is None:
-            mode = os.stat(source).st_mode  # type: ignore[arg-type]
+        if path is not None:
+            mode = os.stat(path).st_mode
             if stat.S_ISDIR(mode):
-                os.listdir(source)  # type: ignore[arg-type]  # raises, without the right to
+                os.listdir(path)  # raises, without the right to
                 raise ImageError(name, "no images found in this folder")
             if not stat.S_ISREG(mode):  # a pipe would be waited for
                 raise ImageError(name, "not a regular file")
-        with Image.open(source, formats=_formats()) as image:  # type: ignore[arg-type]
-            return _read(image, name)
+        # Never by its name: Pillow would map the file, and reads one that is to be turned by its turned size then.
+        with contextlib.ExitStack() as stack:
+            file: Any = source if path is None else stack.enter_context(open(path, "rb"))
+            return _read(stack.enter_context(Image.open(file, formats=_formats())), name)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(name, _too_large()) from error
     except Image.UnidentifiedImageError as error:
-        empty = file is None and os.stat(source).st_size == 0  # type: ignore[arg-type]
+        empty = path is not None and os.stat(path).st_size == 0
         raise ImageError(name, "an empty file" if empty else "not an image that Pillow can read") from error
     except Exception as error:  # each of Pillow's readers has its own for what is damaged
         raise ImageError(name, _reason(error)) from error
@@ -218,6 +223,9 @@ def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None = None) -
 
 
 def _from_array(source: Any) -> Image.Image:
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        source = source.float() if source.dtype == torch.bfloat16 else source
     values = np.asarray(source)
     if values.ndim not in (2, 3) or values.shape[2:] not in ((), (1,), (3,), (4,)):
         got = f"{list(values.shape)}" if values.ndim else f"a {type(source).__name__}"

@@ -1,4 +1,4 @@
-"""Pictures of a model and of its training, with matplotlib (``pip install 'convmixer-timm[plot]'``)."""
+"""Pictures of a model and of its training, with matplotlib."""
 
 import csv
 from collections import Counter
@@ -17,7 +17,7 @@ from .images import ImageError, image_loader
 try:
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise RuntimeError("pictures need matplotlib: pip install 'convmixer-timm[plot]'") from error
+    raise RuntimeError("pictures need matplotlib: pip install matplotlib") from error
 
 __all__ = ["draw", "draw_curve", "draw_depthwise_kernels", "draw_heat_map", "draw_patch_filters"]
 

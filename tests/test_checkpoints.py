@@ -228,8 +228,9 @@ def test_convert_names_what_is_wrong(content, target, message, tmp_path, capsys)
     assert (tmp_path / target).read_text() == "old"
 
 
-PREFIXES = ["", "module.", "model.", "net.", "model._orig_mod.", "_orig_mod.module.", "1."]
+PREFIXES = ["", "module.", "model.", "net.", "model._orig_mod.", "_orig_mod.module.", "1.", "backbone."]
 WRAPPERS = [(), ("net",), ("state_dict",), ("model_state_dict",), ("model", "state_dict"), ("state_dict_ema",)]
+WRAPPERS += [("checkpoint",), ("state", "model")]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -246,9 +247,33 @@ def test_what_trainers_wrap_around_the_weights(prefix, wrappers, source, tmp_pat
 
 def test_averaged_weights_are_preferred(source):
     averaged = {key: value * 2 for key, value in source.state_dict().items()}
-    found, _ = to_timm_layout({"state_dict": source.state_dict(), "ema_state_dict": averaged})
     expected, _ = to_timm_layout(averaged)
-    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    plain = source.state_dict()
+    lightning = {f"model.{key}": value for key, value in plain.items()}
+    for content in (
+        {"state_dict": plain, "ema_state_dict": averaged},
+        {"model": plain, "ema": averaged},
+        {"model": plain, "ema": {"module": averaged, "updates": 3}},
+        {"params": plain, "params_ema": averaged},
+        {"state_dict": {**lightning, **{f"ema_model.module.{key}": value for key, value in averaged.items()}}},
+    ):
+        found, _ = to_timm_layout(content)
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def test_what_only_looks_like_the_weights_is_passed_over(source):
+    plain = source.state_dict()
+    circle = {"model": plain}
+    circle["state_dict"] = circle
+    compiled = {key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in plain.items()}
+    for content in (
+        {"state_dict": plain, "state_dict_ema": {}},
+        {"model": {"name": "convmixer", "dim": DIM}, "net": plain},
+        {**plain, "epoch": 3, "best": 93.1},
+        circle,
+        compiled,
+    ):
+        assert_same_output(checkpoint_filter_fn(content, our_model()), source)
 
 
 def test_refused_pickles_say_what_to_do(tmp_path, monkeypatch, capsys):
@@ -278,7 +303,7 @@ def test_refused_pickles_say_what_to_do(tmp_path, monkeypatch, capsys):
         ({"a": 1}, "found a, "),
         ({1: 2}, "found 1, "),
         ({"state_dict": {}}, "found state_dict, "),
-        ({"stem.0.weight": 1, "blocks.0.0.fn.0.weight": 2}, "more than tensors by name"),
+        ({"stem.0.weight": 1, "blocks.0.0.fn.0.weight": 2}, "found stem.0.weight, "),
         ({"stem.0.weight": torch.ones(()), "blocks.0.0.fn.0.weight": torch.ones(1)}, "have another form"),
         ({"3.0.fn.0.weight": torch.ones(1), "x": torch.ones(1)}, "x is no key of the authors' layout"),
     ],

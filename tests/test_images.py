@@ -123,6 +123,18 @@ def test_turned_photographs_stand_upright(name, tmp_path):
         assert load_image(opened).tobytes() == image.tobytes()
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_turned_tiffs_of_every_layout(mode, compression, tmp_path):
+    original = Image.open(CAT).convert("L").resize((48, 32))
+    pixels = np.rot90(np.asarray(original))
+    turned = (
+        Image.fromarray(pixels.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    )
+    turned.save(tmp_path / "turned.tif", tiffinfo={0x0112: 6}, compression=compression)
+    assert np.array_equal(np.asarray(load_image(tmp_path / "turned.tif", channels=1)), np.asarray(original))
+
+
 def test_damaged_exif_data_leave_a_sound_picture(tmp_path):
     Image.open(CAT).save(tmp_path / "odd.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xffgarbage", quality=95)
     assert load_image(tmp_path / "odd.jpg").size == (32, 32)
@@ -171,6 +183,16 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
     assert find_images([f"{tmp_path}/d*"]) == found
     with pytest.raises(ImageError, match=r"lost.jpg: no such file"):
         load_image(found[-1])
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    shutil.copy(CAT, tmp_path / "cat.png")
+    for name in (str(tmp_path / ("x" * 300)), str(tmp_path / "cat.png/below.png")):
+        assert find_images([name, tmp_path / "cat.png"]) == [Path(name), tmp_path / "cat.png"]
+        with pytest.raises(ImageError):
+            load_image(name)
+    with pytest.raises(ValueError, match="the name of an image is empty"):
+        find_images([""])
 
 
 def test_what_is_no_file_is_said_and_not_waited_for(tmp_path):

@@ -78,7 +78,7 @@ def _mend_config(file: Path) -> None:
 def draw_pictures(source: Source, folder: Path) -> dict[str, str]:
     """Draws what a card shows; gives file names and what they show."""
     if importlib.util.find_spec("matplotlib") is None:
-        print("no pictures in the card: pip install 'convmixer-timm[plot]' draws them", file=sys.stderr)
+        print("no pictures in the card: pip install matplotlib draws them", file=sys.stderr)
         return {}
     from ..plots import draw_curve, draw_depthwise_kernels, draw_patch_filters
 

@@ -16,7 +16,16 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
-from ..errors import NETWORK, HubError, HubTimeout, hub_reason, hub_status, local_cause, local_reason
+from ..errors import (
+    NETWORK,
+    HubError,
+    HubTimeout,
+    check_hub_settings,
+    hub_reason,
+    hub_status,
+    local_cause,
+    local_reason,
+)
 from ..files import files_below, sha256
 from ..version import version
 from .cards import link_page, merge_cards
@@ -131,6 +140,7 @@ def publish(
             return _publication(folder, page=_publication(space) if page else None)
         if constants.HF_HUB_OFFLINE:
             raise HubError("HF_HUB_OFFLINE is set: unset it to publish")
+        check_hub_settings()
         if get_token() is None:
             raise HubError("no Hugging Face token: run `hf auth login` with one that may write, or set HF_TOKEN")
         limit_waiting(timeout)
@@ -192,7 +202,7 @@ def _send(
         raise HubError(f"{where} is there and public: make it private in its settings first, or leave out --private")
     if revision:
         attempt(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    there = attempt(lambda: api.repo_info(repo_id, revision=revision, repo_type=repo_type))
+    there: Any = attempt(lambda: api.repo_info(repo_id, revision=revision, repo_type=repo_type))
     head, names = str(there.sha), [file.rfilename for file in there.siblings or ()]
     card = folder / "README.md"
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import timm
 import torch
-from huggingface_hub import CacheNotFound, scan_cache_dir, try_to_load_from_cache
+from huggingface_hub import CacheNotFound, constants, scan_cache_dir, try_to_load_from_cache
 
 from ..checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..convmixer import WEIGHTS_DIR
@@ -38,6 +38,8 @@ def _cached_from_hub() -> dict[str, Path]:
         repos = scan_cache_dir().repos
     except CacheNotFound:
         return {}
+    except ValueError as error:
+        raise ValueError(f"HF_HUB_CACHE is {constants.HF_HUB_CACHE}, which is no folder: set it to one") from error
     found = {}
     for repo in sorted(repos, key=lambda repo: repo.repo_id):
         for revision in repo.revisions:

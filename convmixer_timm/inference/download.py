@@ -7,12 +7,23 @@ import timm
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from ..errors import NETWORK, HubError, local_cause, local_reason, timeout_cause, transfer_reason
+from ..errors import (
+    NETWORK,
+    HubError,
+    check_hub_settings,
+    local_cause,
+    local_reason,
+    timeout_cause,
+    transfer_reason,
+)
 from ..files import cached_sha256, sha256
 
 __all__ = ["download"]
@@ -33,6 +44,7 @@ def download(model_id: str, config: bool = True) -> Path:
         ValueError: If timm has no such architecture, or the file isn't what the Hub says of it.
     """
     repo_id, _, revision = model_id.partition("@")
+    check_hub_settings()
 
     def get(name: str) -> Path:
         try:
@@ -40,17 +52,14 @@ def download(model_id: str, config: bool = True) -> Path:
         except LocalEntryNotFoundError as error:
             if (local := local_cause(error)) is not None:
                 raise HubError(f"{model_id}: {local_reason(local)}") from error
-            if (late := timeout_cause(error)) is not None:
-                reason = f"{constants.ENDPOINT} didn't answer in time ({type(late).__name__}): try again later"
-                raise HubError(f"{model_id} is not in the cache, and {reason}") from error
-            raise HubError(
-                f"{model_id} is not in the cache, and {constants.ENDPOINT} can't be reached: connect, or copy the "
-                "repository and use local-dir:FOLDER"
-            ) from error
+            raise HubError(f"{model_id} is not in the cache, and {_why_not(error)}") from error
         except EntryNotFoundError as error:
             raise HubError(f"{model_id} has no {name}, so it is no checkpoint that can be loaded safely") from error
         except RevisionNotFoundError as error:
             raise HubError(f"{repo_id} has no revision {revision}") from error
+        except GatedRepoError as error:
+            address = f"{constants.ENDPOINT}/{repo_id}"
+            raise HubError(f"{repo_id} has conditions: accept them at {address}, and run `hf auth login`") from error
         except RepositoryNotFoundError as error:
             raise HubError(
                 f"no repository {repo_id} on the Hub, or a private one: for those, log in by `hf auth login`"
@@ -74,3 +83,15 @@ def download(model_id: str, config: bool = True) -> Path:
     if expected and sha256(weights) != expected:
         raise ValueError(f"{weights} is damaged: its SHA-256 is not {expected}. Delete it and try again.")
     return weights
+
+
+def _why_not(error: LocalEntryNotFoundError) -> str:
+    """Why the Hub didn't give what the cache lacks, and what to do."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set: unset it, or copy the repository and use local-dir:FOLDER"
+    cause = error.__cause__
+    if isinstance(cause, HfHubHTTPError | FileMetadataError):
+        return transfer_reason(cause)
+    if (late := timeout_cause(error)) is not None:
+        return f"{constants.ENDPOINT} didn't answer in time ({type(late).__name__}): try again later"
+    return f"{constants.ENDPOINT} can't be reached: connect, or copy the repository and use local-dir:FOLDER"

@@ -1,8 +1,9 @@
 """A model written to one file for another program, with what it needs to know of its images."""
 
+import errno
+import io
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_model_data_config
 
+from ..files import folder_beside
 from .class_map import ClassMap
-from .loading import check_labels, class_names
+from .loading import check_labels, check_model, class_names
 from .optimize import TOLERANCES, calibration_batches, onnx_program, openvino_model, quantized, quiet, unavailable
 
 __all__ = ["FORMATS", "export"]
@@ -57,15 +59,18 @@ def export(
 
     Raises:
         ValueError: If format, precision or the file's suffix is none of those, the file is a folder, int8 has no
-            calibration images, or the labels don't fit.
+            calibration images or another precision has some, or the labels don't fit.
         RuntimeError: If a needed package is missing, or the file's outputs differ from the model's by more than
             `convmixer_timm.inference.optimize.TOLERANCES`.
     """
+    check_model(model)
     target = Path(target)
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
     if precision not in FORMATS[format]:
         raise ValueError(f"{format} is written in {' or '.join(FORMATS[format])}, not in {precision!r}")
+    if calibration is not None and precision != "int8":
+        raise ValueError(f"calibration images are for int8, and this is {precision}: leave out one of them")
     if class_map and format != "onnx":
         raise ValueError(f"class maps are written in ONNX, not in {format}")
     if target.suffix != _SUFFIXES[format]:
@@ -95,15 +100,14 @@ def export(
         size = tuple(config["input_size"])
         batches = list(calibration_batches(model, calibration, size, None if dynamic_batch else 1))
     network = ClassMap(model.eval()) if class_map else model.eval()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary, quiet():
-        file = Path(temporary) / target.name
+    with folder_beside(target) as temporary, quiet():
+        file = temporary / target.name
         write, load = _FORMATS[format]
         write(_Task(network, example, precision, dynamic_batch, batches, metadata), file)
         # int8 is made for real images, and one of them tells little of how far off it is.
         images = torch.cat(batches)[:_COMPARED] if batches else example
         _compare(network, load(file), images.split(len(images) if dynamic_batch else 1), precision)
-        for part in sorted(Path(temporary).iterdir(), reverse=True):  # OpenVINO's .xml last: it names the .bin
+        for part in sorted(temporary.iterdir(), reverse=True):  # OpenVINO's .xml last: it names the .bin
             os.replace(part, target.with_suffix(part.suffix))
     return metadata
 
@@ -171,7 +175,10 @@ def _openvino(task: _Task, file: Path) -> None:
     network = openvino_model(task.model, task.example, fixed=not task.dynamic, batches=task.batches)
     for key, value in task.metadata.items():
         network.set_rt_info(json.dumps(value), ["convmixer_timm", key])
-    openvino.save_model(network, file, compress_to_fp16=False)
+    try:
+        openvino.save_model(network, file, compress_to_fp16=False)
+    except RuntimeError as error:  # of its streams, which don't say why
+        raise OSError(errno.EIO, "could not be written whole, the disk may be full", str(file)) from error
 
 
 def _load_openvino(file: Path) -> Run:
@@ -199,7 +206,9 @@ def _torch_export(task: _Task, file: Path) -> None:
     network = _InBf16(copy.deepcopy(task.model).bfloat16()) if task.precision == "bf16" else task.model
     shapes = ({0: torch.export.Dim.DYNAMIC},) if task.dynamic else None
     program = torch.export.export(network, (task.example,), dynamic_shapes=shapes)
-    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(task.metadata)})
+    content = io.BytesIO()  # PyTorch's own writer ends the process where the disk is full
+    torch.export.save(program, content, extra_files={"metadata.json": json.dumps(task.metadata)})
+    file.write_bytes(content.getvalue())
 
 
 def _load_torch_export(file: Path) -> Run:

@@ -17,16 +17,21 @@ from .download import download
 
 __all__ = [
     "check_labels",
+    "check_model",
     "check_preprocessing",
     "class_names",
     "load_folder",
     "load_model",
     "read_labels",
+    "split_name",
     "usable_device",
 ]
 
 
-def usable_device(name: str | None = None) -> torch.device:
+_SOURCES = ("", "hf-hub", "hf_hub", "local-dir", "timm")
+
+
+def usable_device(name: str | torch.device | None = None) -> torch.device:
     """The device of that name; by default the GPU where there is one, else the CPU.
 
     Raises:
@@ -36,8 +41,21 @@ def usable_device(name: str | None = None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {str(name)!r}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def check_model(model: Any) -> None:
+    """Raises ValueError for what is no model: its name, say."""
+    if not isinstance(model, nn.Module):
+        got = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise ValueError(f"the model must be one of PyTorch, from load_model or timm.create_model, got {got}")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A model's name as where it comes from ('hf-hub', 'local-dir', …; nothing for a registered one), and the rest."""
+    scheme, colon, location = name.partition(":")
+    return (scheme, location) if colon else ("", name)
 
 
 def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
@@ -48,13 +66,21 @@ def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
         device: Where to run it.
 
     Raises:
-        ValueError: If the name is unknown or has no weights, or its weights don't fit its description.
+        ValueError: If the name is unknown or has no weights, its weights don't fit its description, or the device
+            can't be used here.
         OSError: If the weights can't be downloaded.
     """
-    scheme, _, location = name.rpartition(":")
+    device = usable_device(device)
+    if not isinstance(name, str):
+        raise ValueError(f"a model is named by a text, got a {type(name).__name__}: for a folder, 'local-dir:FOLDER'")
+    scheme, location = split_name(name)
+    if scheme not in _SOURCES:
+        raise ValueError(f"{name!r}: no source {scheme!r}; a model is NAME, hf-hub:OWNER/NAME or local-dir:FOLDER")
     if not scheme and name not in timm.list_models(pretrained=True) and not timm.models.is_model_pretrained(name):
         arch = name.split(".")[0]
         known = timm.list_pretrained(f"{arch}*" if timm.is_model(arch) else "convmixer*")
+        if Path(name).is_dir():
+            raise ValueError(f"{name!r} is a folder: a packed one is loaded by 'local-dir:{name}'")
         problem = "has no weights" if timm.is_model(arch) and "." not in name else "is not a known model"
         raise ValueError(f"{name!r} {problem}. With weights there are: {', '.join(known) or 'none'}.")
     cfg = None if scheme else timm.get_pretrained_cfg(name)
@@ -144,6 +170,7 @@ def check_preprocessing(model: nn.Module, source: str) -> None:
 
 def class_names(model: Any) -> list[str]:
     """The model's classes: from its pretrained config, else ImageNet's of weights whose tag says so, else numbers."""
+    check_model(model)
     names = model.pretrained_cfg.get("label_names")
     if isinstance(names, list | tuple) and len(names) == model.num_classes:
         return list(map(str, names))

@@ -9,24 +9,28 @@ import importlib.util
 import itertools
 import json
 import logging
+import os
 import platform
 import shutil
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
+from PIL import Image
 
 from ..errors import one_line
 from ..files import atomic_path, cache_dir
 from ..images import ImageError, find_images, image_loader
 from .class_map import ClassMap
 from .folding import fold_norms
+from .loading import check_model
 
 __all__ = ["BACKENDS", "PRECISIONS", "TOLERANCES", "OptimizedModel", "calibration_batches", "optimize", "unavailable"]
 
@@ -38,6 +42,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.3}
 _CALIBRATION_IMAGES = 300
 _TIMING_SECONDS = 1.0  # for each candidate
 _PARTS = (16, 4)
+_quiet = threading.RLock()
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 Batches = list[torch.Tensor]
@@ -103,8 +108,7 @@ def unavailable(backend: str, precision: str = "fp32") -> str | None:
     if backend == "openvino" and precision == "int8":
         needed = [*needed, "nncf"]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    extra = "onnx" if backend == "onnxruntime" else backend
-    return f"{', '.join(missing)} not installed: pip install 'convmixer-timm[{extra}]'" if missing else None
+    return f"{', '.join(missing)} not installed: pip install {' '.join(missing)}" if missing else None
 
 
 def optimize(
@@ -125,7 +129,8 @@ def optimize(
             logged, and stands in the result's `backend`.
         precision: 'fp32', 'bf16', or 'int8' (OpenVINO with NNCF).
         calibration: For int8, a few hundred real images: a folder, whose images are brought to the example's size, or
-            an iterable of batches as the model takes them (of pairs with labels too, so a `DataLoader` will do).
+            an iterable of batches as the model takes them (of pairs with labels too, so a `DataLoader` will do) or of
+            single images as `convmixer_timm.predict` takes them.
         fixed_batch: Make it for the example's batch size only.
 
     Returns:
@@ -136,8 +141,10 @@ def optimize(
         ValueError: If `backend` or `precision` is unknown, or int8 has no calibration images of the example's size.
         RuntimeError: If this machine can't do it, or the outputs differ by more than the tolerance.
     """
-    if example_input.ndim != 4 or not len(example_input):
-        raise ValueError(f"the example must be images [N, in_chans, H, W], got {list(example_input.shape)}")
+    check_model(model)
+    if not isinstance(example_input, torch.Tensor) or example_input.ndim != 4 or not len(example_input):
+        got = list(getattr(example_input, "shape", ())) or type(example_input).__name__
+        raise ValueError(f"the example must be a tensor of images [N, in_chans, H, W], got {got}")
     if precision not in PRECISIONS:
         raise ValueError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
     if backend != "auto" and backend not in BACKENDS:
@@ -156,12 +163,15 @@ def optimize(
         raise RuntimeError("; ".join(dict.fromkeys(str(reason) for reason in reasons.values())))
 
     # Eager modes that would reach into an engine's trace are none of its business.
-    plain = copy.deepcopy(model).eval().requires_grad_(False)
-    # Quantisation has one scale a tensor, which the folded channels' different scales would spoil.
-    folded = None if precision == "int8" else fold_norms(model)
-    networks: dict[bool, nn.Module] = {False: plain, **({True: folded} if folded is not None else {})}
+    plain = copy.deepcopy(model).float().eval().requires_grad_(False)
     with quiet():
-        expected = plain(example_input)
+        # Quantisation has one scale a tensor, which the folded channels' different scales would spoil.
+        folded = None if precision == "int8" else fold_norms(plain)
+        try:
+            expected = plain(example_input)
+        except RuntimeError as error:  # PyTorch's, for another number of channels, say
+            raise ValueError(f"the model can't take images of {list(size)}: {one_line(error)}") from error
+    networks: dict[bool, nn.Module] = {False: plain, **({True: folded} if folded is not None else {})}
     parts = [part for part in _PARTS if part < count and not (fixed_batch and count % part)]
     candidates = [_Candidate(*c) for c in itertools.product(usable, networks, [None, *parts])]
 
@@ -180,17 +190,23 @@ def optimize(
     result = functools.partial(OptimizedModel, model=model, precision=precision, size=size, fixed=count * fixed_batch)
     key = _key(model, example_input, names, precision, fixed_batch)
     known = _remembered(key)
-    if known and known["chosen"] in candidates:
-        return result(build(known["chosen"]), choice=known)
-
     runs: dict[_Candidate, Run] = {}
     failure = None
-    for candidate in candidates:
+
+    def attempt(candidate: _Candidate) -> None:
+        nonlocal failure
         try:
             runs[candidate] = build(candidate)
         except Exception as error:
             failure = error
             _logger.warning("%s left out: %s", candidate, one_line(error))
+
+    if known and known["chosen"] in candidates:
+        attempt(known["chosen"])
+        if runs:
+            return result(runs[known["chosen"]], choice=known)
+    for candidate in candidates:  # all of them, where the remembered one doesn't do for these weights
+        attempt(candidate)
     if not runs:
         raise RuntimeError(f"{', '.join(usable)} can't run this model: {failure}") from failure
     times = _times(runs, example_input)
@@ -206,8 +222,9 @@ def quiet() -> Iterator[None]:
     """For tracing and quantising, whatever the caller has switched on.
 
     Tracing warns of every shape that it fixes, which is meant, and NNCF draws its bars on stdout, which is for results.
+    One thread at a time: warnings and stdout are the whole process's, and two that overlap would restore each other's.
     """
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), torch.no_grad(), _no_autocast():
+    with _quiet, warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), torch.no_grad(), _no_autocast():
         warnings.simplefilter("ignore")
         yield
 
@@ -221,8 +238,9 @@ def _indifferent(run: Run) -> Run:
 
     def indifferent(x: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), _no_autocast():
-            out = run(x.detach().float())
-        return out.clone()  # no inference tensor, so that a loss may be computed on it
+            out = run(x.detach().float().resolve_neg())
+        with torch.inference_mode(False), torch.no_grad():
+            return out.clone()  # no inference tensor, so that a loss may be computed on it
 
     return indifferent
 
@@ -290,6 +308,8 @@ def _remembered(key: str) -> dict[str, Any] | None:
         times = {str(name): float(seconds) for name, seconds in known["times"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
+    if not isinstance(folded, bool) or not (part is None or isinstance(part, int)):  # 4.0 is a 4 to who compares
+        return None
     return {"chosen": _Candidate(backend, folded, part), "times": times}
 
 
@@ -304,23 +324,33 @@ def calibration_batches(
     """The first few hundred images of a folder or of an iterable, in batches as the model takes them.
 
     Args:
-        model: Whose transform a folder's images go through. Those that can't be read are left out, and a warning names
-            them.
-        source: Folder, or iterable of batches.
-        size: (in_chans, H, W), to which a folder's images are brought and which an iterable's must have; by default the
-            model's.
+        model: Whose transform images that aren't batches yet go through. Those of a folder that can't be read are left
+            out, and a warning names them.
+        source: Folder, file or glob; or an iterable of batches (tensors, or pairs and mappings that have them first) or
+            of images as `convmixer_timm.images.load_image` reads them; or one batch.
+        size: (in_chans, H, W), to which images are brought and which batches must have; by default the model's.
         batch: Images in every batch, where it can't be any number; too few images for one are repeated.
 
     Raises:
-        ValueError: If there are none, or they are of another size.
+        ValueError: If there are none, or they are something else or of another size.
     """
     if source is None:
         raise ValueError("int8 needs calibration images: a folder, or batches of images")
-    batches: Iterable[Any] = _from_folder(model, Path(source), size) if isinstance(source, str | Path) else source
+    enough = max(_CALIBRATION_IMAGES, batch or 0)
+    named = isinstance(source, str | Path)
+    if isinstance(source, str | Path):
+        batches: Iterable[Any] = _from_files(model, source, size, enough)
+    elif getattr(source, "ndim", 0) == 4:
+        batches = [source]
+    elif isinstance(source, Iterable):
+        batches = source
+    else:
+        raise ValueError(f"calibration images are a folder or batches of images, got a {type(source).__name__}")
+    load = image_loader(model, size)
     count = 0
     waiting: Batches = []
     for item in batches:
-        images = (item[0] if isinstance(item, tuple | list) else item).detach().float()
+        images = _as_batch(item, load)
         if size is not None and tuple(images.shape[1:]) != size:
             raise ValueError(f"calibration images must be [N, {', '.join(map(str, size))}], got {list(images.shape)}")
         count += len(images)
@@ -330,21 +360,37 @@ def calibration_batches(
             *full, rest = torch.cat([*waiting, images]).split(batch)
             waiting = [] if len(rest) == batch else [rest]
             yield from full + [rest] * (len(rest) == batch)
-        if count >= _CALIBRATION_IMAGES:
+        if count >= enough:
             return
     if not count:
-        raise ValueError(f"no calibration images in {source if isinstance(source, str | Path) else 'the iterable'}")
+        raise ValueError(f"no calibration images in {source if named else 'the iterable'}")
     if waiting and batch is not None and count < batch:
         yield torch.cat(waiting * -(-batch // count))[:batch]
 
 
-def _from_folder(model: Any, folder: Path, size: tuple[int, ...] | None) -> Iterator[torch.Tensor]:
+def _as_batch(item: Any, load: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    """One item of an iterable as images [N, in_chans, H, W]."""
+    given = item
+    if isinstance(item, Mapping):
+        item = next((value for value in item.values() if getattr(value, "ndim", 0) == 4), None)
+    elif isinstance(item, tuple | list) and item:
+        item = item[0]
+    if isinstance(item, np.ndarray) and item.ndim == 4:
+        item = torch.from_numpy(item)
+    if isinstance(item, torch.Tensor):
+        return item.detach().float()
+    if isinstance(item, str | os.PathLike | Image.Image | np.ndarray):
+        return load(item)[None]
+    raise ValueError(f"calibration images must be batches or images, got a {type(given).__name__} without any")
+
+
+def _from_files(model: Any, source: str | Path, size: tuple[int, ...] | None, enough: int) -> Iterator[torch.Tensor]:
     load = image_loader(model, size)
-    paths = find_images([folder]) if folder.is_dir() else []
-    step = max(1, len(paths) // _CALIBRATION_IMAGES)  # from every class, as folders list one after the other
-    for path in paths[::step]:
+    paths = find_images([source])
+    count = min(len(paths), enough)
+    for i in range(count):  # from every class, as folders list one after the other
         try:
-            yield load(path)[None]
+            yield load(paths[i * len(paths) // count])[None]
         except ImageError as error:
             _logger.warning("left out of the calibration: %s", one_line(error))
 

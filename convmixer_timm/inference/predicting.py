@@ -1,6 +1,7 @@
 """Images to class names and probabilities."""
 
 import contextlib
+import numbers
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +15,7 @@ from PIL import Image
 
 from ..errors import one_line
 from ..images import ImageError, find_images, image_loader
-from .loading import class_names
+from .loading import check_model, class_names
 
 __all__ = ["predict", "predict_files"]
 
@@ -53,8 +54,9 @@ def predict(
         ImageError: If a file can't be read; an OSError of one line that names it.
         ValueError: If something is no image, the model is no classifier, or `topk` or `batch_size` is less than 1.
     """
-    if topk < 1 or batch_size < 1:
-        raise ValueError(f"topk and batch_size must be 1 or more, got {topk} and {batch_size}")
+    check_model(model)
+    if not all(isinstance(n, numbers.Integral) and n > 0 for n in (topk, batch_size)):
+        raise ValueError(f"topk and batch_size must be whole numbers, 1 or more, got {topk!r} and {batch_size!r}")
     load = image_loader(model)
     names = class_names(model)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))  # device and precision
@@ -90,7 +92,7 @@ def _each(images: Any) -> Iterator[Any]:
     if not one and not isinstance(images, Iterable):
         raise ValueError(f"images are paths, PIL images or arrays [H, W, 3], got a {type(images).__name__}")
     for image in [images] if one else images:
-        if isinstance(image, str | os.PathLike) and Path(image).is_dir():
+        if isinstance(image, str | os.PathLike) and os.path.isdir(image):
             yield from find_images([Path(image)])
         else:
             yield image

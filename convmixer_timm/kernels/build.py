@@ -36,8 +36,13 @@ def set_fast_training(enable: bool = True) -> None:
     """Turn what makes a model fast on CPUs on or off: its kernels, its channels-last layout, and what glibc is told.
 
     ``CONVMIXER_TIMM_FAST=0`` in the environment turns it off from the start.
+
+    Raises:
+        ValueError: If `enable` is neither True nor False.
     """
     global _enabled
+    if not isinstance(enable, bool):
+        raise ValueError(f"enable must be True or False, got {enable!r}")
     _enabled = enable
 
 

@@ -282,6 +282,11 @@ function show() {
     results.prepend(line);
   }
 
+  // What there is to do; once the engine runs, what it runs on.
+  function progress() {
+    if (idle) say(cards.size ? `${cards.size} to go …` : idle);
+  }
+
   const percent = (p) => (p >= 0.9995 ? "100" : p < 0.001 ? "<0.1" : (100 * p).toFixed(1)) + " %";
   const milliseconds = (ms) => (ms < 10 ? ms.toFixed(1) : Math.round(ms).toLocaleString("en")) + " ms";
 
@@ -328,12 +333,14 @@ function show() {
       cards.delete(id);
       URL.revokeObjectURL(address);
       card.remove();
+      progress();
     };
     $(".remove", card).ariaLabel = `Remove ${name}`;
     cards.set(id, { card, name, size, address });
     results.prepend(card);
     if (dead) return fail(id, dead);
     load();
+    progress();
     return worker.postMessage({ type: "image", id, file });
   }
 
@@ -385,7 +392,7 @@ function show() {
     }
 
     $("#heard").textContent = `${name}: ${label(ranked[0])}, ${percent(ranked[0].p)}`;
-    say(cards.size ? `${cards.size} to go …` : idle);
+    progress();
     card.classList.add("done");
     document.dispatchEvent(new CustomEvent("classified", { detail: { name, logits, maps, place, milliseconds: ms } }));
   }
@@ -396,7 +403,7 @@ function show() {
     const area = height * width;
     const mean = new Float32Array(area);
     const classes = data.length / area;
-    for (let i = 0; i < data.length; i++) mean[i % area] += data[i] / classes;
+    if (classes > 1) for (let i = 0; i < data.length; i++) mean[i % area] += data[i] / classes;
     const evidence = shown.map((index) => mean.map((value, at) => data[index * area + at] - value));
     const most = evidence[0].reduce((a, b) => Math.max(a, b), 1e-6);
 
@@ -442,6 +449,7 @@ function show() {
     URL.revokeObjectURL(address);
     card.remove();
     problem(text);
+    progress();
   }
 
   // The worker
@@ -457,7 +465,7 @@ function show() {
       if (data.type === "ready") {
         document.documentElement.dataset.engine = data.engine;
         idle = `Runs on ${ENGINES[data.engine]}.`;
-        say(cards.size ? `${cards.size} to go …` : idle);
+        progress();
       }
       if (data.type === "answer") answer(data);
       if (data.type === "unreadable" && name) fail(data.id, `${name} is damaged, or no image that this browser can read.`);
@@ -474,6 +482,7 @@ function show() {
 
   function stop(text) {
     dead = text;
+    idle = undefined;
     say("");
     problem(text);
     for (const { card } of cards.values()) card.remove();

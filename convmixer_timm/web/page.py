@@ -21,11 +21,11 @@ from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from ..convmixer import CIFAR10_LABELS, WEIGHTS_DIR
-from ..files import atomic_path, files_below
-from ..images import load_image
+from ..files import as_text, atomic_path, files_below
+from ..images import find_images, load_image
 from ..inference.class_map import has_class_map
 from ..inference.export import export
-from ..inference.loading import load_model
+from ..inference.loading import load_model, split_name
 
 __all__ = ["ONNXRUNTIME_WEB", "page"]
 
@@ -44,6 +44,7 @@ _INTEGRITY = {
     "ort-wasm-simd-threaded.wasm": "sha384-vjBJ1z7qrhkTyYsNqKeF6c7N+nOJSU94czEo+tvZcu8G75JparGq9kB+kTnEUNVM",
 }
 _SOURCES = ("index.html", "page.js", "page.css")
+_PARTS = (*_SOURCES, "model.onnx", "examples", "runtime")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")
 _MARK = '<meta name="generator" content="convmixer-timm">'
 _EXAMPLE_PIXELS = 1024  # the longer side of an example image
@@ -56,7 +57,7 @@ def page(
     precision: str = "fp32",
     calibration: Iterable[Any] | str | Path | None = None,
     title: str | None = None,
-    examples: Iterable[str | Path] | None = None,
+    examples: Iterable[str | Path] | str | Path | None = None,
     runtime: str | Path | None = None,
     link: str | None = None,
 ) -> dict[str, int]:
@@ -64,27 +65,29 @@ def page(
 
     Args:
         name: The model, as for `load_model`.
-        folder: Folder to make, whole or not at all. An older page is replaced; any other folder that isn't empty stays.
+        folder: Folder to make, whole or not at all. An older page is replaced; a folder that holds anything else stays.
         precision: 'fp32', or 'int8', a quarter of the size.
         calibration: For int8, as for `convmixer_timm.optimize`.
         title: Of the page; the model's name by default.
-        examples: Image files for visitors to try; by default the package's own for a model of CIFAR-10, else none. They
-            are written anew, without what cameras add to them, and at most 1024 pixels wide.
+        examples: Images for visitors to try, by files, folders and globs; by default the package's own for a model of
+            CIFAR-10, else none. They are written anew, without what cameras add to them, and at most 1024 pixels wide.
         runtime: Folder of the npm package ``onnxruntime-web``, to be part of the page, which then works offline; by
             default it comes from a public CDN. Either way the browser compares its files with their hashes.
-        link: Address of the model's own page; by default the Hub's for a model from there.
+        link: Address of the model's own page (https://…); by default the Hub's for a model from there.
 
     Returns:
         Size in bytes of each file, by its path in the folder.
 
     Raises:
         ValueError: If the model can't be had or is no classifier of one or three channels, the folder holds something
-            else, or `runtime` isn't the version that it should be.
+            else, `link` is no address, or `runtime` isn't the version that it should be.
         OSError: If a file can't be read or written.
         RuntimeError: As from `convmixer_timm.export`.
     """
-    target = Path(folder).expanduser().absolute()
+    target = Path(folder).expanduser().resolve()  # where a link leads
     _check_target(target)
+    if link is not None and not link.startswith(("https://", "http://")):
+        raise ValueError(f"the link must be an address, https://…, got {link!r}")
     engines = _runtime_files(Path(runtime).expanduser()) if runtime is not None else {}
     model: Any = load_model(name)
     _check_classifier(name, model)
@@ -99,7 +102,8 @@ def page(
             (temporary / "runtime").mkdir()
             for file in engines.values():
                 shutil.copyfile(file, temporary / "runtime" / file.name)
-        shown = _write_examples(_own_examples(metadata) if examples is None else examples, temporary)
+        given = [examples] if isinstance(examples, str | Path) else examples
+        shown = _write_examples(_own_examples(metadata) if given is None else find_images(given), temporary)
         height, width = metadata["input_size"][1:]
         settings = {
             **{key: metadata[key] for key in ("precision", "input_size", "interpolation", "crop_mode", "mean", "std")},
@@ -115,7 +119,7 @@ def page(
             },
             "examples": shown,
         }
-        title = title or name.rpartition(":")[2].rstrip("/").rpartition("/")[2]
+        title = " ".join(as_text(str(title or "")).split()) or _default_title(name)
         facts = _facts(name, model, metadata, link)
         html = Template(_source("index.html")).substitute(
             title=escape(title),
@@ -141,8 +145,8 @@ def _check_target(target: Path) -> None:
         return
     index = target / "index.html"
     ours = index.is_file() and _MARK in index.read_text(encoding="utf-8", errors="replace")
-    if not ours and any(target.iterdir()):
-        raise ValueError(f"{target} holds something else than an earlier page: name a new folder")
+    if others := sorted(path.name for path in target.iterdir() if not ours or path.name not in _PARTS):
+        raise ValueError(f"{target} holds {others[0]}, which is no part of an earlier page: name a new folder")
     if target == Path.cwd():
         raise ValueError("the page replaces its folder as a whole: name another one than the current")
 
@@ -181,13 +185,10 @@ def _own_examples(metadata: dict[str, Any]) -> list[Path]:
     return sorted((WEIGHTS_DIR / "images").glob("*")) if metadata["label_names"] == list(CIFAR10_LABELS) else []
 
 
-def _write_examples(paths: Iterable[str | Path], folder: Path) -> list[dict[str, str]]:
+def _write_examples(paths: Iterable[Path], folder: Path) -> list[dict[str, str]]:
     shown = []
-    for number, path in enumerate(map(Path, paths), 1):
-        try:
-            image = load_image(path)
-        except OSError as error:
-            raise OSError(f"{path}: {error}") from error
+    for number, path in enumerate(paths, 1):
+        image = load_image(path)
         exact = max(image.size) <= 96  # small ones as they are
         image.thumbnail((_EXAMPLE_PIXELS, _EXAMPLE_PIXELS), Image.Resampling.LANCZOS)
         file = f"examples/{number}.{'png' if exact else 'jpg'}"
@@ -197,11 +198,18 @@ def _write_examples(paths: Iterable[str | Path], folder: Path) -> list[dict[str,
     return shown
 
 
+def _default_title(name: str) -> str:
+    scheme, location = split_name(name)
+    if scheme == "local-dir":
+        location = str(Path(location).expanduser().resolve())
+    return as_text(location.partition("@")[0].rpartition("/")[2])
+
+
 def _lede(labels: list[str], maps: bool) -> str:
     if 1 < len(labels) <= 12:
         knows = f"tells {', '.join(labels[:-1])} and {labels[-1]} apart"
     else:
-        knows = f"knows {len(labels):,} classes"
+        knows = f"knows {len(labels):,} class{'es' * (len(labels) != 1)}"
     looks = ", and shows where it looks" if maps else ""
     return f"It {knows}{looks}. It runs in your browser: your pictures stay on your device."
 
@@ -232,29 +240,30 @@ def _facts(name: str, model: Any, metadata: dict[str, Any], link: str | None) ->
     return facts
 
 
-def _hub_id(name: str, model: Any) -> str | None:
-    """OWNER/NAME of a model that came from the Hub."""
-    scheme, _, location = name.rpartition(":")
+def _hub_id(name: str, model: Any) -> tuple[str, str]:
+    """OWNER/NAME and revision of a model that came from the Hub; empty where it didn't, or none was asked for."""
+    scheme, location = split_name(name)
     if scheme in ("hf-hub", "hf_hub"):
-        return location.partition("@")[0]
+        repo_id, _, revision = location.partition("@")
+        return repo_id, revision
     cfg = model.pretrained_cfg
-    return None if scheme or cfg.get("file") else cfg.get("hf_hub_id")
+    return "" if scheme == "local-dir" or cfg.get("file") else cfg.get("hf_hub_id") or "", ""
 
 
 def _hub_address(name: str, model: Any) -> str | None:
-    repo_id = _hub_id(name, model)
-    return f"{constants.ENDPOINT}/{repo_id}" if repo_id else None
+    repo_id, revision = _hub_id(name, model)
+    return f"{constants.ENDPOINT}/{repo_id}" + f"/tree/{revision}" * bool(revision) if repo_id else None
 
 
 def _card(name: str, model: Any) -> ModelCard | None:
     """The model's card; None where it has none that can be read."""
-    scheme, _, location = name.rpartition(":")
-    repo_id = _hub_id(name, model)
+    scheme, location = split_name(name)
+    repo_id, revision = _hub_id(name, model)
     with contextlib.suppress(OSError, HTTPError, ValueError, yaml.YAMLError):
         if repo_id:
-            revision = location.partition("@")[2] or None
-            card: ModelCard = ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision))
+            card: ModelCard = ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision or None))
             return card
-        folder = Path(location).expanduser() if scheme else Path(model.pretrained_cfg.get("file") or "").parent
+        local = scheme == "local-dir"
+        folder = Path(location).expanduser() if local else Path(model.pretrained_cfg.get("file") or "").parent
         return ModelCard((folder / "README.md").read_text(encoding="utf-8"))
     return None

@@ -2,6 +2,7 @@
 
 import errno
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.errors import HubError, local_cause, one_line, printable, transfer_reason
 from convmixer_timm.files import as_text
 from convmixer_timm.inference import download
+from convmixer_timm.inference.optimize import unavailable
 
 from ..conftest import IMAGES
 from .server import HubServer, Repo
@@ -33,7 +35,7 @@ def server(tmp_path):
     server.shutdown()
 
 
-def predict(server, home, size=None):
+def predict(server, home, size=None, **settings):
     """Predicts in a process that may not write files of more than `size` bytes."""
 
     def limit():
@@ -41,7 +43,8 @@ def predict(server, home, size=None):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     command = [sys.executable, "-m", "convmixer_timm", "predict", SHIP, "--model", "hf-hub:ann/cifar", "--topk", "1"]
-    done = subprocess.run(command, env=environment(server, home), capture_output=True, text=True, preexec_fn=limit)
+    environ = {**environment(server, home), **settings}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, preexec_fn=limit)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -69,6 +72,62 @@ def test_a_hub_that_does_not_answer_in_time(monkeypatch):
     monkeypatch.setattr(download, "hf_hub_download", late)
     with pytest.raises(HubError, match=r"ann/x is not in the cache, and .* didn't answer in time \(TimeoutError\)"):
         download.download("ann/x")
+
+
+@pytest.mark.parametrize(
+    "status, message",
+    [
+        (503, "ann/cifar is not in the cache, and the Hub answered 503"),
+        (403, "the token may not read that: take another"),
+        (401, "the token is wrong or expired: run `hf auth login`"),
+    ],
+)
+def test_what_the_hub_answers_is_not_the_network(status, message, server, tmp_path, monkeypatch):
+    server.fail("metadata", status)
+    code, _, err = predict(server, tmp_path / "home")
+    assert code == 1 and message in err.splitlines()[-1] and "can't be reached" not in err
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "ann/cifar is not in the cache, and HF_HUB_OFFLINE is set: unset it"),
+        ({"HF_ENDPOINT": "not-a-url"}, "HF_ENDPOINT is 'not-a-url', which is no address"),
+        ({"HF_TOKEN": "ü"}, "the Hugging Face token has other characters than tokens have"),
+    ],
+)
+def test_settings_that_cant_work_are_named(settings, message, server, tmp_path):
+    code, _, err = predict(server, tmp_path / "home", **settings)
+    assert code == 1 and message in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["convert", str(SOURCE / "model.safetensors"), "a.safetensors"],
+        ["export", SOURCE.name, "--format", "torch-export", "-o", "a.pt2"],
+        ["export", SOURCE.name, "--format", "openvino", "-o", "a.xml"],
+        ["plot", SOURCE.name, "-o", "."],
+    ],
+)
+def test_a_full_disk_is_told_in_one_line(args, tmp_path):
+    if args[0] == "export" and (reason := unavailable("openvino")):
+        pytest.skip(reason)
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "convmixer_timm", *args], cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit
+    )
+    assert done.returncode == 1, done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("convmixer-timm: error: ") and (
+        "file too large: free" in error or "disk may be full" in error
+    )
+    assert args[-1].strip(".") in error and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_publishing_without_a_place_for_files(server, tmp_path):

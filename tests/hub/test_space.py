@@ -108,7 +108,7 @@ def test_a_space_that_nobody_touched_is_taken(server, client):  # noqa: F811
 def test_the_link_to_the_page_stays_without_the_page(server, client):  # noqa: F811
     assert client("publish", SOURCE, "--repo-id", "ann/linked", "--page")[0] == 0
     card = server.files("ann/linked")["README.md"]
-    code, out, err = client("publish", SOURCE, "--repo-id", "ann/linked")
+    code, _, err = client("publish", SOURCE, "--repo-id", "ann/linked")
     assert code == 0, err
     assert server.files("ann/linked")["README.md"] == card and b"Try it in your browser" in card
 

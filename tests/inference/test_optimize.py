@@ -1,18 +1,23 @@
 """`optimize`: the same outputs, by other engines."""
 
+import contextlib
 import copy
 import importlib.util
 import json
 import shutil
+import sys
 import threading
+import warnings
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn as nn
+from PIL import Image
 
 from convmixer_timm import ConvMixer, predict
+from convmixer_timm.images import find_images
 from convmixer_timm.inference import optimize as optimize_module
 from convmixer_timm.inference.folding import fold_norms
 from convmixer_timm.inference.optimize import TOLERANCES, calibration_batches, optimize, unavailable
@@ -204,7 +209,7 @@ def test_what_cannot_be_done_is_said(model, images, tmp_path, monkeypatch):
         optimize(model, images, "inductor", "int8", calibration=[images])
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else found(name))
-    with pytest.raises(RuntimeError, match=r"openvino not installed: pip install 'convmixer-timm\[openvino\]'"):
+    with pytest.raises(RuntimeError, match=r"openvino not installed: pip install openvino"):
         optimize(model, images, "openvino")
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     with pytest.raises(RuntimeError, match="no bf16 instructions"):
@@ -221,6 +226,25 @@ def test_calibration_takes_loaders_and_folders(model, images):
     pairs = [(images[:20], torch.zeros(20)), (images[20:], torch.zeros(10))]
     assert torch.equal(torch.cat(list(calibration_batches(model, pairs))), images)
     assert len(list(calibration_batches(model, [torch.zeros(200, 3, 32, 32)] * 5))) == 2
+    assert torch.equal(torch.cat(list(calibration_batches(model, images))), images)
+    assert torch.equal(torch.cat(list(calibration_batches(model, images.numpy()))), images)
+    assert torch.equal(torch.cat(list(calibration_batches(model, [{"pixel_values": images, "labels": 1}]))), images)
+    one = list(calibration_batches(model, IMAGES / "ship/0000.png"))
+    for image in (str(IMAGES / "ship/0000.png"), Image.open(IMAGES / "ship/0000.png")):
+        assert torch.equal(torch.cat(list(calibration_batches(model, [image]))), one[0])
+    for wrong in (5, [()], [5], [{"a": 1}]):
+        with pytest.raises(ValueError, match="calibration images"):
+            list(calibration_batches(model, wrong))
+
+
+def test_calibration_sees_every_class_and_fills_a_batch(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(optimize_module, "_CALIBRATION_IMAGES", 20)
+    batches = list(calibration_batches(model, IMAGES))  # of 30 images, of ten classes
+    classes = [find_images([IMAGES])[i * 30 // 20].parent.name for i in range(20)]
+    assert len(batches) == 20 and len(set(classes)) == 10
+    # A batch of more images than are looked at otherwise.
+    assert [len(batch) for batch in calibration_batches(model, IMAGES, batch=25)] == [25]
+    assert [len(batch) for batch in calibration_batches(model, IMAGES, batch=40)] == [40]
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +302,9 @@ def test_whatever_the_caller_has_switched_on(backend, precision, engine, images)
         inside = images[:8].clone()
     found = fast(inside)
     assert not found.requires_grad and not found.is_inference()
+    with torch.inference_mode():
+        assert not fast(inside).is_inference()
+    assert torch.equal(fast(torch._neg_view(-x.detach())), expected)
     scale = torch.ones((), requires_grad=True)
     (found * scale).sum().backward()  # a loss may be computed on it
     assert scale.grad is not None
@@ -291,6 +318,47 @@ def test_made_under_autocast_and_gradients(backend, model, images):
         fast = optimize(model, images[:2].clone().requires_grad_(), backend)
     with torch.inference_mode():
         torch.testing.assert_close(fast(images[:2]), model(images[:2]), rtol=1e-3, atol=1e-3)
+
+
+def test_folding_and_precision_are_not_the_callers(model, images):
+    """Neither autocast nor the model's own precision reach the folded weights."""
+    if reason := unavailable("onnxruntime"):
+        pytest.skip(reason)
+    expected = optimize(model, images[:2], "onnxruntime")(images[:2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast = optimize(model, images[:2], "onnxruntime")
+    torch.testing.assert_close(fast(images[:2]), expected, rtol=1e-4, atol=1e-4)
+    for dtype in (torch.float64, torch.bfloat16):
+        found = optimize(copy.deepcopy(model).to(dtype), images[:2].to(dtype), "onnxruntime")(images[:2])
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_a_remembered_choice_that_fails_is_made_again(model, images, choices, monkeypatch):
+    right = (lambda network, *_: network, ("fp32",))
+    wrong = (lambda network, *_: lambda x: network(x) + 1, ("fp32",))
+    monkeypatch.setattr(optimize_module, "BACKENDS", {"openvino": right, "inductor": right})
+    monkeypatch.setattr(optimize_module, "unavailable", lambda *_: None)
+    chosen = optimize(model, images[:2]).backend
+    other = {"openvino": "inductor", "inductor": "openvino"}[chosen]
+    monkeypatch.setattr(optimize_module, "BACKENDS", {chosen: wrong, other: right})
+    monkeypatch.setattr(optimize_module, "_key", lambda *args: next(iter(json.loads(choices.read_text()))))
+    assert optimize(model, images[:2]).backend == other
+
+
+def test_what_is_quiet_in_two_threads_is_loud_afterwards():
+    before = (sys.stdout, list(warnings.filters))
+    inside = threading.Barrier(2, timeout=0.2)
+
+    def work():
+        with optimize_module.quiet(), contextlib.suppress(threading.BrokenBarrierError):
+            inside.wait()
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (sys.stdout, list(warnings.filters)) == before
 
 
 needs_int8 = pytest.mark.skipif(unavailable("openvino", "int8") is not None, reason="NNCF is not installed")
@@ -330,6 +398,7 @@ def test_calibration_in_batches_of_one_size(model, images, tmp_path, caplog):
 REMEMBERED = [[], 7, {"KEY": 7}, {"KEY": {}}, {"KEY": {"chosen": ["openvino"], "times": {}}}]
 REMEMBERED += [{"KEY": {"chosen": ["openvino", False, None], "times": times}} for times in (None, [1], {"a": "b"})]
 REMEMBERED += [{"KEY": {"chosen": chosen, "times": {}}} for chosen in (None, "abc", [[], {}, 1], ["tpu", False, None])]
+REMEMBERED += [{"KEY": {"chosen": ["openvino", False, 4.0], "times": {}}}]
 
 
 @pytest.mark.parametrize("content", REMEMBERED)
@@ -344,7 +413,7 @@ def test_a_remembered_choice_of_another_shape_is_made_again(content, model, imag
 
 def test_examples_that_are_no_batch(model, images):
     for example in (images[0], images[:0]):
-        with pytest.raises(ValueError, match=r"the example must be images \[N, in_chans, H, W\], got"):
+        with pytest.raises(ValueError, match=r"the example must be a tensor of images \[N, in_chans, H, W\], got"):
             optimize(model, example)
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 import struct
 import zlib
@@ -13,6 +14,7 @@ import timm
 import torch
 from PIL import Image
 
+import convmixer_timm
 from convmixer_timm import load_model, predict
 from convmixer_timm.cli import main
 from convmixer_timm.convmixer import WEIGHTS_DIR
@@ -20,6 +22,7 @@ from convmixer_timm.images import ImageError, load_image
 
 from ..conftest import IMAGES
 
+NAME = "convmixer_128_4.e25_cifar10"
 IMAGE = "tests/images/cat/0000.png"
 
 
@@ -143,7 +146,7 @@ def test_broken_files_are_named_and_the_rest_is_classified(cifar_images, capsys,
         (["--model", "convmixer_256_16_ks9_p1"], "'convmixer_256_16_ks9_p1' has no weights"),
         (["--model", "convmixer_128_4.nope"], "With weights there are: convmixer_128_4.e25_cifar10"),
         (["--model", "local-dir:/nonexistent"], "nonexistent"),
-        (["--device", "abacus"], "--device abacus"),
+        (["--device", "abacus"], "device 'abacus'"),
     ],
 )
 def test_wrong_arguments_get_one_line(argv, message, cifar_images, capsys):
@@ -257,8 +260,10 @@ def test_an_image_that_cannot_be_read_is_named(model, tmp_path):
 def test_what_is_no_image_is_said(model, images, message):
     with pytest.raises(ValueError, match=message):
         list(predict(model, images))
-    with pytest.raises(ValueError, match="topk and batch_size must be 1 or more, got 0 and 64"):
+    with pytest.raises(ValueError, match="topk and batch_size must be whole numbers, 1 or more, got 0 and 64"):
         list(predict(model, [], topk=0))
+    with pytest.raises(ValueError, match="whole numbers, 1 or more, got '3' and 64"):
+        list(predict(model, [], topk="3"))
 
 
 DAMAGED_CONFIGS = [
@@ -303,3 +308,36 @@ def test_a_damaged_description_gets_one_line(content, message, tmp_path, capsys)
 def test_what_is_no_classifier_is_said(options):
     with pytest.raises(ValueError, match="no classifier: the model gives"):
         list(predict(timm.create_model("convmixer_128_4", **options), IMAGES / "cat/0000.png"))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (WEIGHTS_DIR / NAME, "a model is named by a text, got a PosixPath"),
+        (None, "got a NoneType"),
+        (str(WEIGHTS_DIR / NAME), f"is a folder: a packed one is loaded by 'local-dir:{WEIGHTS_DIR / NAME}'"),
+        ("foo:bar", "no source 'foo'; a model is NAME, hf-hub:OWNER/NAME or local-dir:FOLDER"),
+    ],
+)
+def test_what_names_no_model(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_model(name)
+
+
+def test_a_name_is_no_model(tmp_path):
+    for call in (
+        lambda: list(convmixer_timm.predict(NAME, IMAGES)),
+        lambda: convmixer_timm.class_names(NAME),
+        lambda: convmixer_timm.export(NAME, tmp_path / "x.onnx", "onnx"),
+        lambda: convmixer_timm.optimize(NAME, torch.zeros(1, 3, 28, 28)),
+    ):
+        with pytest.raises(ValueError, match="the model must be one of PyTorch, from load_model"):
+            call()
+    with pytest.raises(ValueError, match="device 'abacus': "):
+        load_model(NAME, "abacus")
+    with pytest.raises(ValueError, match="enable must be True or False, got 'no'"):
+        convmixer_timm.set_fast_training("no")
+
+
+def test_every_public_name_is_offered():
+    assert set(convmixer_timm.__all__) <= set(dir(convmixer_timm))

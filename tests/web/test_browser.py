@@ -245,6 +245,21 @@ def test_files_that_are_no_good_get_one_line_each(page, tmp_path):
     assert page.driver.execute_script("return document.querySelectorAll('.problem[role]').length") == 3
 
 
+def test_nothing_is_left_to_do_after_a_damaged_or_removed_picture(page, tmp_path):
+    photo = (WEIGHTS_DIR / "images/cat.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(photo[: len(photo) // 2])
+    page.give("drop", IMAGES / "ship/0000.png", tmp_path / "cut.png")
+    page.wait("document.querySelectorAll('.problem[role]').length === 1")
+    page.answers(1)
+    page.wait("document.querySelector('#state').innerText.startsWith('Runs on ')", 5)
+    image = Image.linear_gradient("L").resize((6000, 4000)).convert("RGB")
+    image.save(tmp_path / "large.png", compress_level=1)
+    page.give("drop", tmp_path / "large.png")
+    page.wait("document.querySelector('#state').innerText.startsWith('1 to go')", 20)
+    page.click("article .remove")
+    page.wait("document.querySelector('#state').innerText.startsWith('Runs on ')", 5)
+
+
 def test_pictures_of_other_modes(page, tmp_path):
     """CMYK, grey with alpha, a palette, 16 bits, and one that lies on its side."""
     ship = Image.open(IMAGES / "ship/0000.png").convert("RGB")

@@ -147,15 +147,46 @@ def test_examples_are_shrunk_and_carry_no_metadata(tmp_path):
     assert shown.size == (512, 1024) and not shown.getexif()
 
 
+def test_examples_of_a_folder_and_of_one_file(tmp_path):
+    name = save(tmp_path / "model")
+    for number, examples in enumerate((IMAGES / "ship", str(IMAGES / "ship/*.png"), [IMAGES / "ship"])):
+        convmixer_timm.page(name, tmp_path / f"{number}", examples=examples)
+        assert len(settings(tmp_path / f"{number}")["examples"]) == 3
+
+
+def test_titles(tmp_path, monkeypatch):
+    name = save(tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    for given, title, shown in [
+        ("local-dir:.", None, "model"),
+        (name, "  ", "model"),
+        (name, "a\udcffb\n c", "a\\xffb c"),
+    ]:
+        convmixer_timm.page(given, tmp_path / "page", title=title)
+        assert f"<title>{shown}</title>" in (tmp_path / "page/index.html").read_text()
+
+
+@pytest.mark.parametrize("link", ["example.org/m", "javascript:alert(1)"])
+def test_a_link_is_an_address(link, tmp_path):
+    with pytest.raises(ValueError, match="the link must be an address"):
+        convmixer_timm.page(NAME, tmp_path / "page", link=link)
+
+
 def test_older_page_is_replaced_and_nothing_else(folder, tmp_path, capsys):
     target = tmp_path / "page"
     target.mkdir()  # an empty folder is as good as none
     model = save(tmp_path / "model")
     assert main(["page", model, "-o", str(target)]) == 0
-    (target / "left.txt").write_text("over")
-    assert main(["page", model, "-o", str(target)]) == 0
+    (target / "page.js").write_text("an older version's")
+    (tmp_path / "link").symlink_to(target)
+    assert main(["page", model, "-o", str(tmp_path / "link")]) == 0
     assert {path.name for path in target.iterdir()} == SOURCES
+    assert (target / "page.js").stat().st_size > 1000 and (tmp_path / "link").is_symlink()
+    (target / "CNAME").write_text("example.org")
     capsys.readouterr()
+    assert main(["page", model, "-o", str(target)]) == 1
+    assert "holds CNAME, which is no part of an earlier page" in capsys.readouterr().err
+    assert (target / "CNAME").read_text() == "example.org"
 
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -173,6 +204,8 @@ def test_older_page_is_replaced_and_nothing_else(folder, tmp_path, capsys):
     [
         ({}, ["--precision", "int8"], "int8 needs calibration images"),
         ({}, ["--examples", "no.jpg"], "no.jpg: no such file"),
+        ({}, ["--calibration", "."], "calibration images are for int8, and this is fp32"),
+        ({}, ["-o", "/proc/x"], "/proc/x: no such file"),
         ({}, ["--runtime", "."], "has no ort.webgpu.bundle.min.mjs"),
         ({}, ["--runtime", "nowhere"], "nowhere is no folder"),
         ({"global_pool": ""}, [], "is no classifier: for an image it gives 5x14x14 values"),
