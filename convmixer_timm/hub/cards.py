@@ -38,6 +38,8 @@ _CITATION = """```bibtex
 ```"""
 
 
+_BASE = ("base_model", "base_model_relation")
+
 _AGAIN = """`args.yaml` has every setting, `summary.csv` the history. To train it again:
 
 ```
@@ -147,7 +149,7 @@ One run with seed {training.args.get("seed")}{training.cost}. The weights are {t
 def _base(training: Training | None) -> dict[str, Any]:
     if not (training and training.base_model):
         return {}
-    return {"base_model": training.base_model, "base_model_relation": "finetune"}
+    return dict(zip(_BASE, (training.base_model, "finetune"), strict=True))
 
 
 def _use(load_name: str) -> str:
@@ -252,7 +254,8 @@ def merge_cards(new: str, old: str) -> str:
 
     The text outside the marks stays where it is; an old card without marks stays whole, above the new one. Metadata
     that only the old card has, or that people choose (the licence, say), stays; name and accuracies are the new ones,
-    as they belong to the weights. A link to the model's page stays, as the page does.
+    as they belong to the weights, and so is what an earlier publish wrote of its data and of its start. A link to the
+    model's page stays, as the page does.
 
     Raises:
         ValueError: As from `read_card`.
@@ -263,11 +266,18 @@ def merge_cards(new: str, old: str) -> str:
         mine = ModelCard(link_page(new, page[1]))
     text = put_between(mine.text, around_marks(theirs.text) or (theirs.text, ""))
     ours, kept = mine.data.to_dict(), theirs.data.to_dict()
-    for key in ("model-index", *(("base_model", "base_model_relation") if "base_model" in ours else ())):
-        kept.pop(key, None)
+    marked = around_marks(theirs.text) is not None
+    base = str(kept.get("base_model"))
+    starts = (f"from the weights of `{name}" for name in (f"hf-hub:{base}", f"{base.rpartition('/')[2]}`"))
+    written = {result.dataset_type for result in getattr(theirs.data, "eval_results", None) or ()} if marked else set()
+    kept["datasets"] = [name for name in listed(kept.get("datasets")) if name not in written]
+    if "base_model" in ours or (marked and any(start in theirs.text for start in starts)):
+        kept = {key: value for key, value in kept.items() if key not in _BASE}
+    kept.pop("model-index", None)
     merged = {**ours, **kept, "library_name": ours["library_name"]}
     for key in ("tags", "datasets"):
         both = dict.fromkeys([*listed(ours.get(key)), *listed(kept.get(key))])  # a set that keeps the order
+        merged.pop(key, None)
         if both:
             merged[key] = list(both)
     return compose_card(ModelCardData(**merged), text)

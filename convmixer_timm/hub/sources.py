@@ -5,7 +5,7 @@ import functools
 import re
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -87,7 +87,7 @@ def read_source(path: Path, architecture: str | None = None, labels: list[str] |
 
     Args:
         path: A packed folder, the output folder of a run of ``train.py``, or a checkpoint file.
-        architecture: Registered name, for a checkpoint file that has no run around it.
+        architecture: Registered name, for a checkpoint file that has no run around it; of others it has to be theirs.
         labels: Names of the classes; without them those that the source has.
 
     Raises:
@@ -96,17 +96,24 @@ def read_source(path: Path, architecture: str | None = None, labels: list[str] |
     """
     if not path.exists():
         raise FileNotFoundError(f"no such folder or file: {path}")
+    if architecture:
+        _check_variant(architecture)
     if (path / "config.json").is_file():
-        return _read_folder(path, labels)
-    if _is_run(path):
-        return read_run(path, labels=labels)
-    if path.is_dir():
+        source = _read_folder(path, labels)
+    elif _is_run(path):
+        source = read_run(path, labels=labels)
+    elif path.is_dir():
         raise ValueError(f"{path} has neither config.json, as a packed model, nor args.yaml, as a train.py run")
-    if architecture is None and _is_run(path.parent):
-        return read_run(path.parent, checkpoint=path.name, labels=labels)
-    if architecture is None:
+    elif _is_run(path.parent):
+        source = read_run(path.parent, checkpoint=path.name, labels=labels)
+    elif architecture is None:
         raise ValueError(f"{path} doesn't tell its architecture: name it with --model")
-    return read_checkpoint_file(path, architecture, labels)
+    else:
+        return read_checkpoint_file(path, architecture, labels)
+    found = source.model.pretrained_cfg["architecture"]
+    if architecture and architecture.partition(".")[0] != found:
+        raise ValueError(f"{path} is a {found}, and --model says {architecture}: leave that out")
+    return source
 
 
 def _is_run(folder: Path) -> bool:
@@ -130,11 +137,15 @@ def _read_folder(folder: Path, labels: list[str] | None) -> Source:
     )
 
 
-def read_checkpoint_file(file: Path, architecture: str, labels: list[str] | None = None) -> Source:
-    """Reads a checkpoint file of any layout that `convmixer_timm.checkpoints` reads. See `read_source`."""
+def _check_variant(architecture: str) -> None:
     if not timm.is_model(architecture.split(".")[0]) or not architecture.startswith("convmixer"):
         known = ", ".join(timm.list_models("convmixer*"))
         raise ValueError(f"no ConvMixer variant {architecture!r}; there are {known}")
+
+
+def read_checkpoint_file(file: Path, architecture: str, labels: list[str] | None = None) -> Source:
+    """Reads a checkpoint file of any layout that `convmixer_timm.checkpoints` reads. See `read_source`."""
+    _check_variant(architecture)
     state_dict, _ = to_timm_layout(read_checkpoint(file))
     model = _model(file, architecture, {}, state_dict)
     return Source(model, _fitting(labels, model))
@@ -186,13 +197,14 @@ def read_run(
     else:
         weights = f"those of epoch {epoch + 1} of {epochs}" + ", averaged (EMA)" * averaged
     chosen = checkpoint.startswith("model_best")
+    best = chosen and _is_best(row, rows, args, record.first_epoch if record else 0)
     training = Training(
         args=args,
         epochs=epochs,
-        weights=weights + ", the best on the validation images" * chosen,
+        weights=weights + ", the best on the validation images" * best,
         data=_data(record, args, "train"),
         dataset=_hub_data_set(record.data.name if record else args["dataset"]),
-        start=args["model"] if args["pretrained"] else Path(args["initial_checkpoint"] or "").name,
+        start=_start(args),
         base_model=_hub_model(args),
         resumed=_resumed(record),
     )
@@ -270,8 +282,31 @@ def _described(file: Path, args: dict[str, Any]) -> Model:
         raise ValueError(f"{file}: {error}") from error
 
 
+def _start(args: dict[str, Any]) -> str:
+    """What weights a run began with, without the folders of the machine; nothing for random ones."""
+    for name in ("initial_checkpoint", "pretrained_path"):  # which train.py loads in the place of the model's own
+        if args.get(name):
+            return Path(args[name]).name
+    if args.get("resume") and args.get("start_epoch") == 0:
+        return "/".join(Path(args["resume"]).parts[-2:])
+    return _without_folders(args["model"]) if args["pretrained"] else ""
+
+
+def _without_folders(model: str) -> str:
+    scheme, _, location = model.partition(":")
+    return f"local-dir:{as_text(Path(location).resolve().name)}" if scheme == "local-dir" else model
+
+
+def _is_best(row: dict[str, str], rows: list[dict[str, str]], args: dict[str, Any], first_epoch: int) -> bool:
+    """Whether an epoch's row has the best figure of all since `first_epoch`."""
+    metric = f"eval_{args.get('eval_metric') or 'top1'}"
+    figures = [float(other[metric]) for other in rows if int(other["epoch"]) >= first_epoch and other.get(metric)]
+    best = min if metric == "eval_loss" else max
+    return bool(figures and row.get(metric)) and float(row[metric]) == best(figures)
+
+
 def _summary(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="", encoding="utf-8") as lines:
+    with file.open(newline="", encoding="utf-8", errors="replace") as lines:
         rows = [row for row in csv.DictReader(lines) if (row.get("epoch") or "").isdigit()]
     if not rows:
         raise ValueError(f"{file} has no finished epoch")
@@ -280,7 +315,8 @@ def _summary(file: Path) -> list[dict[str, str]]:
 
 def _portable(args: dict[str, Any]) -> dict[str, Any]:
     """A run's arguments without the folders of the machine that it ran on, and as for a run from the start."""
-    return {k: as_text(Path(v).name) if k in _PATHS and v else v for k, v in args.items()} | {"resume": ""}
+    short = {k: as_text(Path(str(v)).name) if k in _PATHS and v else v for k, v in args.items()}
+    return short | {"model": _without_folders(args["model"]), "resume": ""}
 
 
 def _data(record: Record | None, args: dict[str, Any], split: str) -> str:
@@ -289,9 +325,9 @@ def _data(record: Record | None, args: dict[str, Any], split: str) -> str:
     reader, _, rest = name.partition("/")
     name = (rest if reader in _READERS else name) or Path(args["data_dir"] or args["data"] or "images").name
     # Of these torchvision gives the test images for whatever is not called training.
-    part = (
-        "test" if reader == "torch" and name.lower().endswith(("cifar10", "cifar100", "mnist")) else args["val_split"]
-    )
+    part = args["val_split"]
+    if reader == "torch" and name.lower().endswith(("cifar10", "cifar100", "mnist")) and "train" not in part:
+        part = "test"
     told = f"{name}, {part}" if split == "validation" else name
     images = record.data.splits[split].images if record and split in record.data.splits else None
     return told if images is None else f"{told}, {images:,} images"
@@ -312,7 +348,7 @@ def _hub_data_set(name: str) -> str:
 
 def _hub_model(args: dict[str, Any]) -> str:
     """The model that a run began with as the Hub names it; empty for one that isn't there."""
-    if not args["pretrained"]:
+    if not args["pretrained"] or args.get("initial_checkpoint") or args.get("pretrained_path"):
         return ""
     scheme, _, location = args["model"].rpartition(":")
     if scheme:
@@ -325,5 +361,8 @@ def _resumed(record: Record | None) -> str:
     """What a run did in its first epochs, where its arguments don't tell."""
     if record is None or not record.first_epoch:
         return ""
-    told = "; ".join(record.differences(record.before)) if record.before else "of which nothing is known"
+    told = "of which nothing is known"
+    if record.before:
+        mine, theirs = (replace(r, args=_portable(r.args)) for r in (record, record.before))
+        told = "; ".join(mine.differences(theirs, places=False))
     return f"Up to epoch {record.first_epoch} it was another run ({told}), so that `args.yaml` doesn't repeat it."

@@ -11,9 +11,10 @@ from typing import Any
 
 from timm.data import auto_augment
 
+from ..checkpoints import read_checkpoint
 from ..files import atomic_path
 
-__all__ = ["mend_cpu_ddp", "mend_mixup_off", "mend_posterize", "mend_summary"]
+__all__ = ["keep_best", "mend_cpu_ddp", "mend_mixup_off", "mend_posterize", "mend_summary"]
 
 _posterize = auto_augment.posterize
 
@@ -93,7 +94,7 @@ def mend_summary() -> None:
         path = Path(filename)
         rows: list[list[str]] = []
         if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
                 rows = list(csv.reader(file))
         before = [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) < epoch]
         with atomic_path(path) as temporary:
@@ -104,3 +105,37 @@ def mend_summary() -> None:
             original(epoch, train_metrics, eval_metrics, str(temporary), *args, **kwargs)
 
     utils.update_summary = update_summary
+
+
+def keep_best(first_epoch: int, start: int) -> None:
+    """Let a run that goes on know which of its epochs was the best, and which checkpoints it has.
+
+    ``train.py`` begins anew otherwise, and takes the first epoch after the interruption for the best.
+
+    Args:
+        first_epoch: Of the settings that hold; what was measured under others counts no more.
+        start: The epoch that comes next.
+    """
+    from timm.utils import CheckpointSaver
+
+    original = CheckpointSaver.__init__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        kept = []
+        for file in Path(self.checkpoint_dir).glob(f"{self.save_prefix}-*{self.extension}"):
+            told: dict[str, Any] = read_checkpoint(file)
+            if first_epoch <= told["epoch"] < start and told.get("metric") is not None:
+                kept.append((told["metric"], told["epoch"], str(file)))
+        kept.sort(reverse=not self.decreasing)
+        self.checkpoint_files = [(file, metric) for metric, _, file in kept]
+        best = Path(self.checkpoint_dir, f"model_best{self.extension}")
+        if best.is_file():
+            told = read_checkpoint(best)
+            if first_epoch <= told["epoch"] < start and told.get("metric") is not None:
+                self.best_metric, self.best_epoch = told["metric"], told["epoch"]
+
+    CheckpointSaver.__init__ = init  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import create_dataset
+from timm.utils import natural_key
 from torch.utils.data import IterableDataset
 
 from ..errors import one_line
@@ -60,9 +61,17 @@ class Data:
             f"{'?' if split.images is None else f'{split.images:,}'} images in {split.where}"
             for split in self.splits.values()
         )
+        return f"{where}; {self._classes()}"
+
+    def described(self) -> str:
+        """The same without the folders of this machine."""
+        images = (f"{name}: {split.images or 'unknown'} images" for name, split in self.splits.items())
+        return f"{self.name}, {', '.join(images)}; {self._classes()}"
+
+    def _classes(self) -> str:
         if self.classes is None:
-            return f"{where}; class names not checked, as its reader doesn't tell them"
-        return f"{where}; {len(self.classes)} classes: {_listed(self.classes)}"
+            return "class names not checked, as its reader doesn't tell them"
+        return f"{len(self.classes)} classes: {_listed(self.classes)}"
 
 
 def check_training_data(args: Namespace, processes: int = 1) -> Data:
@@ -80,6 +89,8 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
         ValueError: With one line that names what is wrong.
     """
     _check_root(args)
+    if args.batch_size < 1:
+        raise ValueError(f"a batch has 1 image or more, got {args.batch_size}: give -b a number")
     train = _Reading(args, args.train_split)
     if train.in_root:
         raise ValueError(
@@ -89,6 +100,12 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
     readings, val_split = {"train": train}, args.val_split
     if val_split:
         readings["validation"], val_split = _validation(args)
+        if val_split == args.train_split or os.path.realpath(readings["validation"].place) == os.path.realpath(
+            train.place
+        ):
+            raise ValueError(
+                f"{train.where} is to be trained and validated on: name other images by --val-split, or none by ''"
+            )
     for reading in readings.values():
         reading.check_layout()
     if val_split:
@@ -96,6 +113,8 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
     if train.count == 1 and not train.mapped:
         raise ValueError(f"{train.where} has one class only: {_listed(train.classes or ['0'])}")
     _check_count(args, train)
+    if train.count is None and args.num_classes is None:
+        raise ValueError(f"{train.where} doesn't tell how many classes it has: give --num-classes N")
     batch = args.batch_size * processes
     if train.images is not None and not train.iterable and train.images < batch:
         raise ValueError(
@@ -125,7 +144,7 @@ def check_evaluation_data(args: Namespace, classes: list[str] | None) -> None:
         if not reading.in_root:
             raise
         raise ValueError(f"{args.data_dir} has no folder {args.split}: give --split NAME ({error})") from error
-    if classes and reading.classes and not args.class_map and reading.classes != classes:
+    if classes and reading.classes and reading.classes != classes:
         raise ValueError(
             f"{_difference(reading.where, reading.classes, 'the model', classes)}: its accuracy would be that of "
             "wrong names; --class-map FILE, a line a class, gives the model's order"
@@ -141,6 +160,7 @@ class _Reading:
         self.where = f"{args.dataset} ({split})" if args.dataset else str(args.data_dir)
         self.place = self.where
         self.mapped = bool(args.class_map)
+        self.given = getattr(args, "num_classes", None)
         self.dataset: Any = _open(args, split, self.where)
         self.reader: Any = getattr(self.dataset, "reader", self.dataset)
         self.iterable = isinstance(self.dataset, IterableDataset)
@@ -162,6 +182,11 @@ class _Reading:
         return path[len(self.where) :].strip(os.sep).split(os.sep)
 
     def check_layout(self) -> None:
+        alike: dict[Any, str] = {}
+        for name in self.classes or [] if self.kind == "" and not self.mapped else []:
+            other = alike.setdefault(tuple(natural_key(name)), name)
+            if other != name:  # timm sorts a set by this, so they would change places from process to process
+                raise ValueError(f"{self.where} has the classes {other} and {name}, which timm can't order: rename one")
         for path, _ in self.samples:
             parts = self._parts(path)
             hidden = next((i for i, part in enumerate(parts) if part.startswith(".")), None)
@@ -192,9 +217,10 @@ class _Reading:
                 content, target = self._read(name, lambda i=i: self._item(i))
                 digest.update(content)
                 targets.append(target)
-        beyond = [t for t in targets if self.count and isinstance(t, int) and not 0 <= t < self.count]
+        count = self.count or self.given
+        beyond = [t for t in targets if count and isinstance(t, int) and not 0 <= t < count]
         if beyond:
-            raise ValueError(f"{self.where} has an image of class {beyond[0]}, where it has {self.count} classes")
+            raise ValueError(f"{self.where} has an image of class {beyond[0]}, where there are {count} classes")
         return digest.hexdigest()
 
     def _item(self, i: int) -> tuple[bytes, Any]:

@@ -12,9 +12,11 @@ import yaml
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..checkpoints import read_checkpoint
+from ..errors import NETWORK
+from .compat import keep_best
 from .data_check import check_evaluation_data, check_training_data
-from .record import FILE, Record, write_when_it_starts
-from .scripts import find_script, import_modules, run_script, script_flags, script_options
+from .record import FILE, Record, stored_config, write_when_it_starts
+from .scripts import check_config, find_script, import_modules, run_script, script_flags, script_options
 
 __all__ = [
     "launch",
@@ -55,6 +57,15 @@ def recipes() -> dict[str, str]:
     return {p.stem: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for p in sorted(RECIPES.glob("*.yaml"))}
 
 
+def _recipe_file(recipe: str) -> Path:
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        path = Path(recipe)
+    if not path.is_file():
+        raise ValueError(f"No recipe {recipe!r}; there are {', '.join(recipes())}, or give a YAML file.")
+    return path
+
+
 def train_arguments(recipe: str, args: list[str]) -> list[str]:
     """Arguments of ``train.py`` for a recipe: its file, then the user's own, which win.
 
@@ -64,11 +75,7 @@ def train_arguments(recipe: str, args: list[str]) -> list[str]:
     Raises:
         ValueError: If there is no such recipe, or it is no YAML mapping.
     """
-    path = RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        path = Path(recipe)
-        if not path.is_file():
-            raise ValueError(f"No recipe {recipe!r}; there are {', '.join(recipes())}, or give a YAML file.")
+    path = _recipe_file(recipe)
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -114,6 +121,8 @@ def launch(script: str, args: list[str], folder: str | None = None) -> Callable[
     if recipe:
         args = train_arguments(recipe, args)
     path = find_script(name, folder)
+    if recipe:
+        check_config(path, _recipe_file(recipe))
     prepared = prepare_training(path, args, recipe) if path.stem == "train" else prepare_evaluation(path, args)
     return None if prepared is None else lambda: run_script(path, prepared)
 
@@ -153,18 +162,27 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
         raise ValueError(
             f"{run} has a run already: give another --experiment, or go on with it by --resume {run / LAST}"
         )
-    if resumed:
-        record = record.going_on_from(Record.read(resumed.parent), _epoch_of(resumed))
-    elif run:
-        record, done = _same_run(run, record), 1 + _epoch_of(run / LAST)
-        if done >= (epochs := scheduled_epochs(options)):
-            _say(
-                f"{run} is finished, {done} of {epochs} epochs. To start anew give --experiment NAME; to train longer "
-                f"give --epochs N --resume {run / LAST}"
-            )
+    if resumed or run:
+        checkpoint = resumed or run / LAST  # type: ignore[operator]
+        start, epochs = 1 + _epoch_of(checkpoint), scheduled_epochs(options)
+        if options.start_epoch is not None:
+            start = options.start_epoch
+        before = Record.read(checkpoint.parent)
+        other = before is None or bool(record.differences(before))
+        record = record.going_on_from(before, start) if resumed else _same_run(checkpoint.parent, record)
+        if start >= epochs:
+            done = f"{checkpoint.parent} is finished, {start} of {epochs} epochs."
+            if other:
+                raise ValueError(
+                    f"{done} Nothing would be trained: to go on with it give --epochs N, more than {start}"
+                )
+            _say(f"{done} To start anew give --experiment NAME; to train longer give --epochs N --resume {checkpoint}")
             return None
-        _say(f"Resuming from {run / LAST}")
-        args = [*args, "--resume", str(run / LAST)]
+        if not resumed:
+            _say(f"Resuming from {checkpoint}")
+            args = [*args, "--resume", str(checkpoint)]
+        if run:
+            keep_best(record.first_epoch, start)
     _say(f"Data: {data}")
     write_when_it_starts(record)
     return args
@@ -211,16 +229,31 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
     if options is None:
         return args
     checkpoint = Path(options.checkpoint or "")
-    record = Record.read(checkpoint.parent) if options.checkpoint else None
+    run = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    record = Record.read(run) if options.checkpoint else None
     if record:
+        if record.before and checkpoint.is_file():
+            record = record.at(_epoch_of(checkpoint))
         import_modules(record.args.get("device_modules"))
         added = told_by_record(record, script_flags(path))
-        _say(f"From {checkpoint.parent / FILE}: {' '.join(added)}")
+        _say(f"From {run / FILE}: {' '.join(added)}")
         args = [*added, *args]
         options = script_options(path, args) or options
     if path.stem == "validate":
-        check_evaluation_data(options, record.data.classes if record else None)
+        check_evaluation_data(options, record.data.classes if record else _pretrained_classes(options))
     return args
+
+
+def _pretrained_classes(options: Namespace) -> list[str] | None:
+    """What a pretrained model calls its classes; None where it doesn't tell."""
+    if not getattr(options, "pretrained", False) or options.checkpoint:
+        return None
+    try:
+        names: Any = stored_config(options.model).get("label_names")
+    except NETWORK:
+        return None  # which the script will meet itself
+    told = list(map(str, names)) if isinstance(names, list | tuple) else []
+    return None if told == [str(i) for i in range(len(told))] else told
 
 
 def told_by_record(record: Record, flags: set[str]) -> list[str]:
@@ -232,12 +265,17 @@ def told_by_record(record: Record, flags: set[str]) -> list[str]:
     """
     told, kwargs = record.model.preprocessing, dict(record.model.args)
     channels, height, width = told["input_size"]
+    if "--gp" in flags and "global_pool" in kwargs:  # which validate.py gives to the model by itself
+        pooling = kwargs.pop("global_pool")
+    else:
+        pooling = None
     if "--label-type" in flags and record.data.classes:
         kwargs["pretrained_cfg_overlay"] = {"label_names": record.data.classes}
     args: dict[str, Any] = {
         "--model": record.model.architecture,
-        # timm splits each at its '='.
-        "--model-kwargs": [f"{name}={value!r}" for name, value in kwargs.items() if "=" not in repr(value)],
+        # timm splits each at its '='; others can only be in a text.
+        "--model-kwargs": ["{}={}".format(name, repr(value).replace("=", "\\x3d")) for name, value in kwargs.items()],
+        "--gp": [pooling] if pooling else [],
         "--mean": told["mean"],
         "--std": told["std"],
         "--crop-pct": told["crop_pct"],

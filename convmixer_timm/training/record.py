@@ -20,7 +20,7 @@ from ..errors import NETWORK, HubError, hub_reason, one_line
 from ..files import atomic_path
 from .data_check import Data, Split
 
-__all__ = ["Model", "Record", "describe_model", "write_when_it_starts"]
+__all__ = ["Model", "Record", "describe_model", "stored_config", "write_when_it_starts"]
 
 FILE = "run.json"
 
@@ -94,12 +94,17 @@ class Record:
         try:
             return cls._from(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file} is no record of a run: {one_line(error)}") from error
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ValueError(
+                f"{file} is no record of a run that this version understands ({reason}): move it away to go on without"
+            ) from error
 
     @classmethod
     def _from(cls, told: dict[str, Any]) -> "Record":
         data = told["data"]
         splits = {name: Split(**split) for name, split in data["splits"].items()}
+        for name in ("input_size", "mean", "std", "crop_pct", "interpolation"):
+            told["model"]["preprocessing"][name]  # raises where it lacks
         return cls(
             **{
                 **told,
@@ -122,19 +127,25 @@ class Record:
         return record
 
     def going_on_from(self, before: "Record | None", epoch: int) -> "Record":
-        """The same, gone on with on purpose after `epoch`, from a run of other settings or of unknown ones."""
+        """The same, gone on with on purpose with `epoch`, from a run of other settings or of unknown ones."""
         if before and not self.differences(before):
             return before
-        return replace(self, first_epoch=epoch + 1, before=before)
+        return replace(self, first_epoch=epoch, before=before.at(epoch - 1) if before else None)
 
-    def differences(self, other: "Record") -> list[str]:
-        """What another run did otherwise, each as 'NAME is OTHER'S there and OWN here'."""
+    def differences(self, other: "Record", places: bool = True) -> list[str]:
+        """What another run did otherwise, each as 'NAME is OTHER'S there and OWN here'.
+
+        Args:
+            other: The other run's record.
+            places: Say where on this machine the data are.
+        """
         # JSON knows neither tuples nor the types that YAML makes.
         mine, theirs = (json.loads(json.dumps(asdict(record), default=str)) for record in (self, other))
         out = []
         digests = [{name: s["digest"] for name, s in told["data"]["splits"].items()} for told in (mine, theirs)]
         if digests[0] != digests[1] or self.data.classes != other.data.classes:
-            out.append(f"its data is ({other.data}) there and ({self.data}) here")
+            there, here = (str(record.data) if places else record.data.described() for record in (other, self))
+            out.append(f"its data is ({there}) there and ({here}) here")
         for name in sorted(mine["args"].keys() | theirs["args"].keys()):
             there, here = theirs["args"].get(name), mine["args"].get(name)
             if name not in _INCIDENTAL and there != here:
@@ -181,15 +192,26 @@ def describe_model(args: Namespace) -> Model:
     )
 
 
-def _stored_args(name: str) -> dict[str, Any]:
-    """What a model of the Hub or of a packed folder differs in from its variant."""
+def stored_config(name: str) -> dict[str, Any]:
+    """The pretrained configuration of a registered model, one of the Hub or a packed folder, with its arguments.
+
+    Raises:
+        OSError: If it can't be had.
+    """
     scheme, _, location = name.partition(":")
     if not location:
-        return {}
+        cfg = timm.get_pretrained_cfg(name)
+        return cfg.to_dict() if cfg else {}
     if scheme == "local-dir":
-        args = json.loads((Path(location) / "config.json").read_text(encoding="utf-8")).get("model_args") or {}
-    else:
-        args = load_model_config_from_hf(location.removeprefix("//"))[2]
+        config = json.loads((Path(location) / "config.json").read_text(encoding="utf-8"))
+        return {**config, **config.get("pretrained_cfg", {})}
+    cfg, _, args = load_model_config_from_hf(location.removeprefix("//"))
+    return {**cfg, "model_args": args}
+
+
+def _stored_args(name: str) -> dict[str, Any]:
+    """What a model of the Hub or of a packed folder differs in from its variant."""
+    args = (stored_config(name) if ":" in name else {}).get("model_args") or {}
     return {key: value for key, value in args.items() if key not in ("num_classes", "in_chans")}
 
 

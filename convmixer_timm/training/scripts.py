@@ -3,6 +3,7 @@
 They live at the top of timm's repository and are not in its wheel.
 """
 
+import difflib
 import importlib
 import os
 import runpy
@@ -13,12 +14,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import local_cause, local_reason
 from ..files import atomic_path, cache_dir
 from .compat import mend_cpu_ddp, mend_mixup_off, mend_summary
 from .decoding import use_one_reader
 
-__all__ = ["find_script", "import_modules", "run_script", "script_flags", "script_options"]
+__all__ = ["check_config", "find_script", "import_modules", "run_script", "script_flags", "script_options"]
 
 REPOSITORY = "huggingface/pytorch-image-models"
 BASE_URL = f"https://raw.githubusercontent.com/{REPOSITORY}"
@@ -95,6 +98,36 @@ def script_options(path: Path, args: list[str]) -> Namespace | None:
         sys.argv = argv
     import_modules(getattr(options, "device_modules", None))
     return options
+
+
+def check_config(path: Path, file: Path) -> None:
+    """Looks at a ``--config`` file's settings, which the script's own parser takes as they come.
+
+    Raises:
+        ValueError: With one line, for a setting that the script doesn't have, or a value of another type than it takes.
+    """
+    options: dict[Any, Any] = {action.dest: action for action in _module(path)["parser"]._actions}
+    for name, value in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+        if name not in options:
+            close = difflib.get_close_matches(str(name).replace("-", "_"), options, 1)
+            meant = f": did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{file}: {path.name} has no setting {name!r}{meant}")
+        option = options[name]
+        if value is None and option.default is None:
+            continue
+        switch, several = option.nargs == 0, option.nargs is not None
+        if switch:
+            wanted, fits = "true or false", isinstance(value, bool)
+        elif several:
+            wanted, fits = f"a list, [{value}]", isinstance(value, list | tuple | dict)
+        elif option.type is int:
+            wanted, fits = "a whole number", isinstance(value, int | str) and not isinstance(value, bool)
+        elif option.type is float:
+            wanted, fits = "a number", isinstance(value, int | float | str) and not isinstance(value, bool)
+        else:
+            wanted, fits = f"a text, '{value}'" if value is not None else "a text", isinstance(value, str)
+        if not fits:
+            raise ValueError(f"{file}: {name} has to be {wanted}, and is {'empty' if value is None else repr(value)}")
 
 
 def import_modules(names: list[str] | None) -> None:

@@ -104,11 +104,12 @@ def test_averaged_weights_and_the_best_epoch(run, tmp_path):
     last = torch.load(run / "last.pth.tar", weights_only=False)
     averaged = {k: v + 1 if v.is_floating_point() else v for k, v in last["state_dict"].items()}
     torch.save({**last, "state_dict_ema": averaged}, run / "last.pth.tar")
-    torch.save({**last, "epoch": 4}, run / "model_best.pth.tar")
-    pack_run(run, tmp_path / "best")
-    card = (tmp_path / "best" / "README.md").read_text()
-    assert "epoch 5 of 25, the best on the validation images" in card
-    assert "| 81.24 |" in card
+    for epoch, best in ((4, False), (24, True)):
+        torch.save({**last, "epoch": epoch}, run / "model_best.pth.tar")
+        pack_run(run, tmp_path / "best")
+        card = (tmp_path / "best" / "README.md").read_text()
+        assert (f"epoch {epoch + 1} of 25, the best on the validation images" in card) == best
+        assert f"| {'89.48' if best else '81.24'} |" in card
     for ema, name, bias in ((None, "ema", averaged), (True, "ema", averaged), (False, "raw", last["state_dict"])):
         pack_run(run, tmp_path / name, checkpoint="last.pth.tar", ema=ema)
         assert torch.equal(load_file(tmp_path / name / "model.safetensors")["head.bias"], bias["head.bias"])

@@ -274,7 +274,7 @@ def test_bundled_folder_and_checkpoint_file(server, client, run, tmp_path):
             [SOURCE / "model.safetensors", "--repo-id", "ann/x", "--model", "resnet18"],
             "no ConvMixer variant 'resnet18'",
         ),
-        ([SOURCE / "model.safetensors", "--repo-id", "ann/x", "--model", "convmixer_256_8"], "of another size"),
+        ([SOURCE / "model.safetensors", "--repo-id", "ann/x", "--model", "convmixer_256_8"], "is a convmixer_128_4"),
     ],
 )
 def test_bad_arguments_are_named(client, args, message):

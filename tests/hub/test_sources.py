@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 import convmixer_timm
 from convmixer_timm.cli import main
+from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.hub.cards import merge_cards
 from convmixer_timm.hub.packing import pack
 from convmixer_timm.hub.sources import read_run, read_source
@@ -188,15 +189,66 @@ def test_a_new_base_takes_the_old_ones_place():
     assert "base_model: ann/b" in merge_cards(new, old)
 
 
+def test_a_base_that_an_earlier_publish_wrote_goes_with_its_weights(tmp_path):
+    kwargs = {"depth": 4, "dim": 128, "kernel_size": 5, "patch_size": 2}
+    changes = {"model": "convmixer_768_32.in1k", "pretrained": True, "num_classes": 10, "model_kwargs": kwargs}
+    old = str(
+        card_of(make_run(tmp_path / "tuned", NAMES, "torch/cifar10", dataset="torch/cifar10", **changes), tmp_path)
+    )
+    assert "base_model: timm/convmixer_768_32.in1k" in old and "uoft-cs/cifar10" in old
+    new = str(card_of(make_run(tmp_path / "plain", NAMES, num_classes=10), tmp_path))
+    merged = ModelCard(merge_cards(new, old)).data.to_dict()
+    assert "base_model" not in merged and "base_model_relation" not in merged and "datasets" not in merged
+    own = old.replace("datasets:\n", "datasets:\n- ann/own\n").replace("license: mit", "license: mit\npinned: true")
+    assert ModelCard(merge_cards(new, own)).data.to_dict()["datasets"] == ["ann/own"]
+
+
+@pytest.mark.parametrize("option", ["initial_checkpoint", "pretrained_path"])
+def test_the_file_that_it_began_with(option, tmp_path):
+    changes = {
+        "model": "convmixer_128_4.e25_cifar10",
+        "pretrained": True,
+        "num_classes": 10,
+        option: "/home/ann/own.pth",
+    }
+    text = card_of(make_run(tmp_path / "run", NAMES, **changes), tmp_path).text
+    assert "from the weights of `own.pth`" in text and "/home/ann" not in text
+
+
+def test_a_local_folder_that_it_began_with_is_no_address(tmp_path):
+    folder = WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"
+    run = make_run(tmp_path / "run", NAMES, model=f"local-dir:{folder}", pretrained=True, num_classes=10)
+    pack(read_run(run), tmp_path / "packed")
+    assert "from the weights of `local-dir:convmixer_128_4.e25_cifar10`" in (tmp_path / "packed/README.md").read_text()
+    for name in ("README.md", "args.yaml"):
+        assert str(folder) not in (tmp_path / "packed" / name).read_text()
+
+
+def test_the_variant_that_is_named_has_to_be_its_own(tmp_path):
+    run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2)
+    assert read_source(run / "last.pth.tar", "convmixer_128_4").labels == ["ant", "bee"]
+    for path in (run, run / "last.pth.tar", WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"):
+        with pytest.raises(ValueError, match="is a convmixer_128_4, and --model says convmixer_256_8: leave that out"):
+            read_source(path, "convmixer_256_8")
+
+
+def test_a_history_with_undecodable_bytes(tmp_path):
+    run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2)
+    content = (run / "summary.csv").read_bytes()
+    (run / "summary.csv").write_bytes(content + b"\xff\xfe,1\r\n")
+    assert read_run(run).evaluation is not None
+
+
 def test_a_run_that_went_on_with_other_settings(tmp_path):
     """Each epoch is published as what it was trained on."""
     run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2)
     first = Record.read(run)
     second = make_run(tmp_path / "second", ["fly", "wasp"], "wings", num_classes=2, lr=0.5)
-    Record.read(second).going_on_from(first, 6).write(run)
+    Record.read(second).going_on_from(first, 7).write(run)
     source = read_run(run)  # of epoch 9
     assert source.labels == ["fly", "wasp"]
     assert "Up to epoch 7 it was another run" in source.training.resumed and "ant, bee" in source.training.resumed
+    assert "/data" not in source.training.resumed and str(tmp_path) not in source.training.resumed
     stored = torch.load(run / "last.pth.tar", weights_only=False)
     torch.save({**stored, "epoch": 6}, run / "model_best.pth.tar")
     source = read_run(run)

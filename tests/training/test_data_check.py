@@ -86,6 +86,24 @@ def cut(*parts):
     return harm
 
 
+def test_what_is_trained_on_is_not_validated_on(tmp_path):
+    make_data(tmp_path)
+    for options in ({"val_split": "train"}, {"train_split": "validation"}):
+        with pytest.raises(ValueError, match="is to be trained and validated on"):
+            check(tmp_path, **options)
+    shutil.rmtree(tmp_path / "validation")
+    (tmp_path / "validation").symlink_to(tmp_path / "train")
+    with pytest.raises(ValueError, match="is to be trained and validated on"):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("bee", "Bee"), ("1", "01")])
+def test_classes_that_timm_cant_order(names, tmp_path):
+    make_data(tmp_path, classes=("ant", *names))
+    with pytest.raises(ValueError, match="which timm can't order: rename one"):
+        check(tmp_path)
+
+
 @pytest.mark.parametrize(
     "harm, message",
     [
@@ -218,6 +236,10 @@ def test_a_reader_that_tells_no_classes_is_said_not_to_be_checked(tmp_path):
     data = check(tmp_path, dataset="wds/insects", num_classes=2, batch_size=1)
     assert (data.classes, data.num_classes, data.splits["train"].images) == (None, None, 4)
     assert "not checked" in str(data)
+    with pytest.raises(ValueError, match=r"doesn't tell how many classes it has: give --num-classes N"):
+        check(tmp_path, dataset="wds/insects", batch_size=1)
+    with pytest.raises(ValueError, match="has an image of class 1, where there are 1 classes"):
+        check(tmp_path, dataset="wds/insects", num_classes=1, batch_size=1)
     (tmp_path / "train-0.tar").unlink()
     with pytest.raises(ValueError, match="no image that can be read"):
         check(tmp_path, dataset="wds/insects", num_classes=2, batch_size=1)

@@ -12,6 +12,7 @@ import yaml
 
 from convmixer_timm.cli import main
 from convmixer_timm.training.launch import RECIPES, recipes, train_arguments
+from convmixer_timm.training.scripts import check_config
 
 from ..conftest import torchrun
 from .test_scripts import data, run, summary  # noqa: F401  `data` is a fixture
@@ -145,3 +146,37 @@ def test_a_summary_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     for epoch in (0, 1):
         utils.update_summary(epoch, {"loss": 0.5}, None, filename=str(path))
     assert [row["epoch"] for row in summary(tmp_path)] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("weight-decay: 0.5", "train.py has no setting 'weight-decay': did you mean weight_decay?"),
+        ("1: 2", "train.py has no setting 1"),
+        ("experiment: 7", "experiment has to be a text, '7', and is 7"),
+        ("resume: true", "resume has to be a text"),
+        ("model:", "model has to be a text, and is empty"),
+        ("epochs:", "epochs has to be a whole number, and is empty"),
+        ("epochs: 1.5", "epochs has to be a whole number, and is 1.5"),
+        ("scale: 0.3", "scale has to be a list, [0.3], and is 0.3"),
+        ("amp: 3", "amp has to be true or false, and is 3"),
+        ("device_modules: own", "device_modules has to be a list, [own], and is 'own'"),
+        ("batch_size: 0", "a batch has 1 image or more, got 0"),
+    ],
+)
+def test_a_line_that_train_py_would_stumble_over_is_named(line, message, timm_scripts, data, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "own.yaml").write_text(f"{line}\n")
+    argv = ["train", "--timm-scripts", str(timm_scripts), str(tmp_path / "own.yaml"), "--data-dir", str(data)]
+    assert main(argv) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["lr: 1e-3", "seed:", "model_kwargs: {depth: 2}", "mean: [0.5, 0.5, 0.5]"])
+def test_a_line_that_train_py_takes(line, timm_scripts, tmp_path):
+    (tmp_path / "own.yaml").write_text(f"{line}\n")
+    if line == "seed:":
+        with pytest.raises(ValueError, match="seed has to be a whole number"):
+            check_config(timm_scripts / "train.py", tmp_path / "own.yaml")
+    else:
+        check_config(timm_scripts / "train.py", tmp_path / "own.yaml")

@@ -1,5 +1,6 @@
 """What a run is, written down when it starts; and trainings that go on, or don't, by it."""
 
+import ast
 import csv
 import json
 import os
@@ -38,7 +39,7 @@ def test_it_is_read_as_it_was_written(tmp_path, monkeypatch):
     record = make_record(mean=(0.5, 0.5, 0.5), model_kwargs={"depth": 2}, gp="max")
     assert Record.read(tmp_path) is None
     monkeypatch.setattr(utils, "get_outdir", utils.get_outdir)  # given back after the test
-    write_when_it_starts(record.going_on_from(make_record(epochs=1), 0))
+    write_when_it_starts(record.going_on_from(make_record(epochs=1), 1))
     folder = utils.get_outdir(str(tmp_path), "run")
     read = Record.read(tmp_path / "run")
     assert folder == str(tmp_path / "run")
@@ -48,7 +49,13 @@ def test_it_is_read_as_it_was_written(tmp_path, monkeypatch):
     assert read.at(0) == read.before and read.at(1) == read
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"data": 1}', '{"data": {"splits": {}}, "model": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"data": 1}', '{"data": {"splits": {}}, "model": {}}'),
+        '{"data": {"splits": {}}, "model": {"preprocessing": {}}}',
+    ],
+)
 def test_a_record_that_is_none_is_named(text, tmp_path):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json is no record"):
@@ -101,6 +108,15 @@ def test_arguments_of_other_scripts():
     assert " ".join(wide) == "--model convmixer_128_4 --input-size 3 48 64 --num-classes 2"
     named = told_by_record(record, {*flags, "--label-type"})
     assert "pretrained_cfg_overlay={'label_names': ['ant', 'bee']}" in named
+    # timm splits at '=' and gives the pooling by itself, where the script has an option for it.
+    odd = told_by_record(make_record(classes=("a=b", "c")), {*flags, "--label-type"})
+    (text,) = (arg.split("=")[1] for arg in odd if arg.startswith("pretrained_cfg_overlay="))
+    assert ast.literal_eval(text) == {"label_names": ["a=b", "c"]}
+    pooled = make_record(gp="max")
+    assert "--gp" in told_by_record(pooled, {*flags, "--gp"}) and "global_pool" not in str(
+        told_by_record(pooled, {*flags, "--gp"})
+    )
+    assert "global_pool='max'" in told_by_record(pooled, flags)
 
 
 # Trainings. Each is a process of its own, on a few images of 8 pixels.
@@ -152,6 +168,9 @@ def test_one_folder_is_one_run(train, tmp_path, capsys):
     shutil.rmtree(tmp_path / "moved")
     assert main(["publish", str(run), "--repo-id", "ann/x", "--dry-run"]) == 0
     assert "2 classes" in capsys.readouterr().out
+    # On purpose, but with nothing left to train: nothing is said of the other data.
+    assert "Nothing would be trained" in refused(train("--resume", str(run / "last.pth.tar"), data="b"))
+    assert snapshot(run) == before
     # On purpose: the classes are those of the epoch that is published.
     assert train("--epochs", "2", "--resume", str(run / "last.pth.tar"), data="b").returncode == 0
     assert [row["epoch"] for row in summary(run)] == ["0", "1"]
@@ -161,6 +180,28 @@ def test_one_folder_is_one_run(train, tmp_path, capsys):
     # A run without a record, as of train.py alone.
     (run / "run.json").unlink()
     assert "no run.json" in refused(train("--epochs", "2", data="b"))
+
+
+def test_the_best_epoch_is_known_after_an_interruption(train, tmp_path):
+    make_data(tmp_path / "a")
+    assert train().returncode == 0
+    run = tmp_path / "output/train/finetune"
+    for name in ("last.pth.tar", "model_best.pth.tar"):  # better than any that follows
+        stored = torch.load(run / name, weights_only=False)
+        (run / name).unlink()  # they are links to one file
+        torch.save({**stored, "metric": 101.0}, run / name)
+    result = train("--epochs", "3", "--resume", str(run / "last.pth.tar"))
+    assert result.returncode == 0, result.stderr
+    assert torch.load(run / "model_best.pth.tar", weights_only=False)["epoch"] == 1  # of other settings: --epochs
+    assert main(["publish", str(run), "--repo-id", "ann/x", "--dry-run"]) == 0
+    stored = torch.load(run / "model_best.pth.tar", weights_only=False)
+    for name in ("last.pth.tar", "model_best.pth.tar"):
+        (run / name).unlink()
+        torch.save({**stored, "metric": 101.0}, run / name)
+    result = train("--epochs", "3")  # goes on with the last epoch of the same settings
+    assert result.returncode == 0 and "Resuming from" in result.stderr
+    assert torch.load(run / "model_best.pth.tar", weights_only=False)["epoch"] == 1
+    assert torch.load(run / "last.pth.tar", weights_only=False)["epoch"] == 2
 
 
 def test_two_recipes_of_one_name(train, tmp_path):
@@ -191,7 +232,7 @@ def test_validation_of_a_fine_tuned_run(train, timm_scripts, tmp_path, monkeypat
     checkpoint = tmp_path / "output/train/finetune/last.pth.tar"
     (row,) = summary(checkpoint.parent)
     command = [sys.executable, "-m", "convmixer_timm", "run", "validate", "--device", "cpu"]
-    command += ["--checkpoint", str(checkpoint), "-j", "0", "-b", "2", "--data-dir", "a"]
+    command += ["-j", "0", "-b", "2", "--data-dir", "a", "--checkpoint", str(checkpoint)]
     env = {**os.environ, "TIMM_SCRIPTS": str(timm_scripts), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -201,6 +242,14 @@ def test_validation_of_a_fine_tuned_run(train, timm_scripts, tmp_path, monkeypat
     make_data(tmp_path / "b", ["ant", "wasp"])
     result = subprocess.run([*command, "--data-dir", "b"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert "lacks bee" in refused(result)
+    # A class map may give another order, and a pretrained model has names too.
+    (tmp_path / "map.txt").write_text("bee\nant\n")
+    mapped = subprocess.run([*command, "--class-map", "map.txt"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "in another order" in refused(mapped)
+    pretrained = [*command[:-2], "--model", "convmixer_128_4.e25_cifar10", "--pretrained"]
+    assert "lacks airplane" in refused(
+        subprocess.run(pretrained, cwd=tmp_path, env=env, capture_output=True, text=True)
+    )
 
 
 def test_inference_of_a_fine_tuned_run(train, timm_scripts, tmp_path):
@@ -247,6 +296,10 @@ def test_a_run_from_a_packed_folder(train, tmp_path, capsys):
 def test_records_are_replaced_on_purpose_only():
     first = make_record()
     assert make_record(workers=3).going_on_from(first, 0) == first
-    second = make_record(epochs=9).going_on_from(first, 4)
+    second = make_record(epochs=9).going_on_from(first, 5)
     assert (second.first_epoch, second.before) == (5, first)
     assert replace(second, first_epoch=0, before=None) == make_record(epochs=9)
+    # What was only begun, and trained no epoch, is no part of the story.
+    third = make_record(epochs=12).going_on_from(second, 5)
+    assert (third.first_epoch, third.before) == (5, first)
+    assert make_record(epochs=9).going_on_from(first, 0).at(0).args["epochs"] == 9  # --start-epoch 0
