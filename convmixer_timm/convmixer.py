@@ -44,7 +44,8 @@ class Residual(fast.Residual, nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop_path(self.fn(x)) + x
+        branch: torch.Tensor = self.drop_path(self.fn(x))
+        return branch + x
 
 
 class Block(fast.Block, nn.Sequential):
@@ -114,8 +115,8 @@ class ConvMixer(nn.Module):
         drop_path_rate: float = 0.0,
         norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
         pointwise_residual: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         sizes = {"dim": dim, "depth": depth, "kernel_size": kernel_size, "patch_size": patch_size}
@@ -123,7 +124,7 @@ class ConvMixer(nn.Module):
             if value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         # Left out where not asked for: not every norm takes them.
-        dd = {k: v for k, v in {"device": device, "dtype": dtype}.items() if v is not None}
+        dd: dict[str, Any] = {k: v for k, v in {"device": device, "dtype": dtype}.items() if v is not None}
         act: Callable[..., nn.Module] = get_act_layer(act_layer)
         norm: Callable[..., nn.Module] = get_norm_layer(norm_layer)
 
@@ -160,7 +161,7 @@ class ConvMixer(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self._set_head(num_classes, global_pool, **dd)
 
-    def _set_head(self, num_classes: int, global_pool: str | None, device=None, dtype=None) -> None:
+    def _set_head(self, num_classes: int, global_pool: str | None, device: Any = None, dtype: Any = None) -> None:
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = GlobalPool(pool_type=global_pool, flatten=bool(global_pool))
@@ -178,7 +179,7 @@ class ConvMixer(nn.Module):
         return set()
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter groups for layer-wise learning rates: the stem, then one group a layer."""
         return dict(stem=r"^stem", blocks=r"^blocks\.(\d+)")
 
@@ -269,8 +270,10 @@ class ConvMixer(nn.Module):
     def _forward_layers(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, in_chans, H, W] to features [N, dim, H / p, W / p]."""
@@ -282,19 +285,21 @@ class ConvMixer(nn.Module):
         if pre_logits or self.num_classes == 0:
             return x
         if self.unpooled:  # a logit map
-            return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.head(x)
+            x = self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        else:
+            x = self.head(x)
+        return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, in_chans, H, W] to logits [N, num_classes]."""
         return self.forward_head(self._forward_layers(x))
 
 
-def _create_convmixer(variant: str, pretrained: bool, model_args: dict, kwargs: dict) -> ConvMixer:
+def _create_convmixer(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> ConvMixer:
     kwargs = {**model_args, **kwargs}  # the caller's word wins over the variant's
     out_indices = kwargs.pop("out_indices", 3)
     told = isinstance(kwargs.get("pretrained_cfg"), (dict, PretrainedCfg)) or kwargs.get("pretrained_cfg_overlay")
-    model: Any = build_model_with_cfg(
+    model: ConvMixer = build_model_with_cfg(
         ConvMixer,
         variant,
         pretrained,
@@ -303,11 +308,12 @@ def _create_convmixer(variant: str, pretrained: bool, model_args: dict, kwargs: 
         **kwargs,
     )
     if not (pretrained or told):  # the classes that it will learn are not those of the registered weights
-        model.pretrained_cfg.pop("label_names", None)
+        cfg: Any = model.pretrained_cfg
+        cfg.pop("label_names", None)
     return model
 
 
-def _cfg(**kwargs) -> dict:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -335,7 +341,7 @@ WEIGHTS_DIR = next(
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def _cifar10_cfg(file: str = "", **kwargs) -> dict:
+def _cifar10_cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
     if file:
         kwargs["file"] = str(WEIGHTS_DIR / file / "model.safetensors")
     return _cfg(
@@ -352,7 +358,7 @@ def _cifar10_cfg(file: str = "", **kwargs) -> dict:
 
 
 # Trained on crops of 28 of the 32 pixels that are never resized, and classifies the middle 28.
-_MIDDLE: dict = {"input_size": (3, 28, 28), "crop_pct": 0.875}
+_MIDDLE: dict[str, Any] = {"input_size": (3, 28, 28), "crop_pct": 0.875}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -370,7 +376,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _register(fn):
+def _register(fn: Callable[..., ConvMixer]) -> Callable[..., ConvMixer]:
     """timm's `register_model`, without its warning where a variant replaces timm's own: that is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Overwriting convmixer_", category=UserWarning)
@@ -378,70 +384,70 @@ def _register(fn):
 
 
 @_register
-def convmixer_1536_20(pretrained=False, **kwargs) -> ConvMixer:
+def convmixer_1536_20(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
     """ConvMixer-1536/20, kernel 9, patch 7."""
     model_args = dict(dim=1536, depth=20, kernel_size=9, patch_size=7)
     return _create_convmixer("convmixer_1536_20", pretrained, model_args, kwargs)
 
 
 @_register
-def convmixer_768_32(pretrained=False, **kwargs) -> ConvMixer:
+def convmixer_768_32(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
     """ConvMixer-768/32, kernel 7, patch 7, with ReLU."""
     model_args = dict(dim=768, depth=32, kernel_size=7, patch_size=7, act_layer=nn.ReLU)
     return _create_convmixer("convmixer_768_32", pretrained, model_args, kwargs)
 
 
 @_register
-def convmixer_1024_20_ks9_p14(pretrained=False, **kwargs) -> ConvMixer:
+def convmixer_1024_20_ks9_p14(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
     """ConvMixer-1024/20, kernel 9, patch 14."""
     model_args = dict(dim=1024, depth=20, kernel_size=9, patch_size=14)
     return _create_convmixer("convmixer_1024_20_ks9_p14", pretrained, model_args, kwargs)
 
 
 @_register
-def convmixer_256_8(pretrained=False, **kwargs) -> ConvMixer:
+def convmixer_256_8(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
     """ConvMixer-256/8, kernel 5, patch 2, for CIFAR-10."""
     model_args = dict(dim=256, depth=8, kernel_size=5, patch_size=2)
     return _create_convmixer("convmixer_256_8", pretrained, model_args, kwargs)
 
 
 @_register
-def convmixer_256_8_ks7_p2(pretrained=False, **kwargs) -> ConvMixer:
+def convmixer_256_8_ks7_p2(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
     """ConvMixer-256/8, kernel 7, patch 2, for CIFAR-10."""
     model_args = dict(dim=256, depth=8, kernel_size=7, patch_size=2)
     return _create_convmixer("convmixer_256_8_ks7_p2", pretrained, model_args, kwargs)
 
 
 @_register
-def convmixer_256_8_ks7_p4(pretrained=False, **kwargs) -> ConvMixer:
+def convmixer_256_8_ks7_p4(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
     """ConvMixer-256/8, kernel 7, patch 4, for the 64 pixels of Tiny-ImageNet."""
     model_args = dict(dim=256, depth=8, kernel_size=7, patch_size=4)
     return _create_convmixer("convmixer_256_8_ks7_p4", pretrained, model_args, kwargs)
 
 
 @_register
-def convmixer_256_8_ks9_p1(pretrained=False, **kwargs) -> ConvMixer:
+def convmixer_256_8_ks9_p1(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
     """ConvMixer-256/8, kernel 9, patch 1, for CIFAR-10."""
     model_args = dict(dim=256, depth=8, kernel_size=9, patch_size=1)
     return _create_convmixer("convmixer_256_8_ks9_p1", pretrained, model_args, kwargs)
 
 
 @_register
-def convmixer_256_16_ks9_p1(pretrained=False, **kwargs) -> ConvMixer:
+def convmixer_256_16_ks9_p1(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
     """ConvMixer-256/16, kernel 9, patch 1, for CIFAR-10."""
     model_args = dict(dim=256, depth=16, kernel_size=9, patch_size=1)
     return _create_convmixer("convmixer_256_16_ks9_p1", pretrained, model_args, kwargs)
 
 
 @_register
-def convmixer_128_8(pretrained=False, **kwargs) -> ConvMixer:
+def convmixer_128_8(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
     """ConvMixer-128/8, kernel 5, patch 2, for CIFAR-10."""
     model_args = dict(dim=128, depth=8, kernel_size=5, patch_size=2)
     return _create_convmixer("convmixer_128_8", pretrained, model_args, kwargs)
 
 
 @_register
-def convmixer_128_4(pretrained=False, **kwargs) -> ConvMixer:
+def convmixer_128_4(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
     """ConvMixer-128/4, kernel 5, patch 2, for CIFAR-10."""
     model_args = dict(dim=128, depth=4, kernel_size=5, patch_size=2)
     return _create_convmixer("convmixer_128_4", pretrained, model_args, kwargs)
