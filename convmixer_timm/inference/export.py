@@ -58,12 +58,14 @@ def export(
         The metadata.
 
     Raises:
-        ValueError: If format, precision or the file's suffix is none of those, the file is a folder, int8 has no
-            calibration images or another precision has some, or the labels don't fit.
+        ValueError: If the model is in another precision or place, format, precision or suffix is none of those, the
+            file is a folder, int8 has no calibration images or another precision has some, or the labels don't fit.
         RuntimeError: If a needed package is missing, or the file's outputs differ from the model's by more than
             `convmixer_timm.inference.optimize.TOLERANCES`.
     """
     check_model(model)
+    if odd := {f"{p.dtype} on {p.device}" for p in model.parameters()} - {"torch.float32 on cpu"}:
+        raise ValueError(f"a model is written from fp32 on the CPU, and this one is {odd.pop()}: .float().cpu() it")
     target = Path(target)
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")

@@ -127,6 +127,12 @@ def test_labels_must_fit(labels, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_of_another_precision_is_not_written(tmp_path):
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(ValueError, match=f"from fp32 on the CPU, and this one is {dtype}"):
+            export(timm.create_model("convmixer_128_4").to(dtype), tmp_path / "m.pt2", "torch-export")
+
+
 @pytest.mark.skipif(unavailable("openvino", "int8") is not None, reason="NNCF is not installed")
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
 def test_only_the_result_is_on_stdout(format, tmp_path, capfd):
