@@ -130,8 +130,16 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
     )
 
 
-def check_evaluation_data(args: Namespace, classes: list[str] | None) -> None:
+def check_evaluation_data(args: Namespace, classes: list[str] | None, recorded: bool = True) -> str:
     """Looks at what ``validate.py`` would measure on: layout, and the classes by name where the model's are known.
+
+    Args:
+        args: Arguments of ``validate.py``.
+        classes: What the model calls its classes; None where nobody knows.
+        recorded: Those are the names of the folders that it was trained on, not what a publisher wrote for people.
+
+    Returns:
+        What could not be compared, to be said; or nothing.
 
     Raises:
         ValueError: With one line that names what is wrong.
@@ -145,10 +153,17 @@ def check_evaluation_data(args: Namespace, classes: list[str] | None) -> None:
             raise
         raise ValueError(f"{args.data_dir} has no folder {args.split}: give --split NAME ({error})") from error
     if classes and reading.classes and reading.classes != classes:
+        renamed = len(classes) == len(reading.classes) and not set(classes) & set(reading.classes)
+        if renamed and (args.class_map or not recorded):
+            return (
+                f"{reading.where} calls its classes {_listed(reading.classes)}, and the model {_listed(classes)}: taken "
+                "for the same, in this order"
+            )
         raise ValueError(
             f"{_difference(reading.where, reading.classes, 'the model', classes)}: its accuracy would be that of "
             "wrong names; --class-map FILE, a line a class, gives the model's order"
         )
+    return ""
 
 
 class _Reading:

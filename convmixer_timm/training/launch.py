@@ -240,7 +240,9 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
         args = [*added, *args]
         options = script_options(path, args) or options
     if path.stem == "validate":
-        check_evaluation_data(options, record.data.classes if record else _pretrained_classes(options))
+        classes = record.data.classes if record else _pretrained_classes(options)
+        if note := check_evaluation_data(options, classes, recorded=bool(record)):
+            _say(note)
     return args
 
 

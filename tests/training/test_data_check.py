@@ -254,5 +254,10 @@ def test_evaluation(tmp_path):
     for classes in (["bee", "ant"], ["ant", "bee", "wasp"], ["ant", "wasp"]):
         with pytest.raises(ValueError, match="the model"):
             check_evaluation_data(args, classes)
+    # Names that a publisher wrote for people may be others than the folders'; those of a training are the folders'.
+    assert "taken for the same, in this order" in check_evaluation_data(args, ["Ameise", "Biene"], recorded=False)
+    for classes, recorded in ((["Ameise", "Biene"], True), (["Ameise", "Biene", "x"], False), (["bee", "ant"], False)):
+        with pytest.raises(ValueError, match="the model"):
+            check_evaluation_data(args, classes, recorded)
     with pytest.raises(ValueError, match="no folder val2: give --split"):
         check_evaluation_data(Namespace(**{**vars(args), "split": "val2"}), None)
