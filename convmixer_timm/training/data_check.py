@@ -156,8 +156,8 @@ def check_evaluation_data(args: Namespace, classes: list[str] | None, recorded: 
         renamed = len(classes) == len(reading.classes) and not set(classes) & set(reading.classes)
         if renamed and (args.class_map or not recorded):
             return (
-                f"{reading.where} calls its classes {_listed(reading.classes)}, and the model {_listed(classes)}: taken "
-                "for the same, in this order"
+                f"{reading.where} calls its classes {_listed(reading.classes)}, and the model {_listed(classes)}: "
+                "taken for the same, in this order"
             )
         raise ValueError(
             f"{_difference(reading.where, reading.classes, 'the model', classes)}: its accuracy would be that of "
