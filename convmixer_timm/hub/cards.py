@@ -265,7 +265,8 @@ def merge_cards(new: str, old: str) -> str:
     if (page := link.search(theirs.text)) and not link.search(mine.text):
         mine = ModelCard(link_page(new, page[1]))
     text = put_between(mine.text, around_marks(theirs.text) or (theirs.text, ""))
-    ours, kept = mine.data.to_dict(), theirs.data.to_dict()
+    # As it stands there: huggingface_hub's older classes take a word for a list of letters.
+    ours, kept = mine.data.to_dict(), read_card(old, RepoCard).data.to_dict()
     marked = around_marks(theirs.text) is not None
     base = str(kept.get("base_model"))
     starts = (f"from the weights of `{name}" for name in (f"hf-hub:{base}", f"{base.rpartition('/')[2]}`"))
