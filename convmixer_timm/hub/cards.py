@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
+from ..errors import one_line
+
 __all__ = [
     "Evaluation",
     "Training",
@@ -37,8 +39,6 @@ _CITATION = """```bibtex
 }
 ```"""
 
-
-_BASE = ("base_model", "base_model_relation")
 
 _AGAIN = """`args.yaml` has every setting, `summary.csv` the history. To train it again:
 
@@ -149,7 +149,7 @@ One run with seed {training.args.get("seed")}{training.cost}. The weights are {t
 def _base(training: Training | None) -> dict[str, Any]:
     if not (training and training.base_model):
         return {}
-    return dict(zip(_BASE, (training.base_model, "finetune"), strict=True))
+    return {"base_model": training.base_model, "base_model_relation": "finetune"}
 
 
 def _use(load_name: str) -> str:
@@ -216,7 +216,7 @@ def read_card(text: str, kind: type[RepoCard] = ModelCard) -> RepoCard:
     try:
         return kind(text, ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"the metadata at the top of its README.md can't be read, mend it first: {reason}") from error
 
 
@@ -264,17 +264,19 @@ def merge_cards(new: str, old: str) -> str:
     link = re.compile(re.escape(_PAGE).replace(re.escape("{}"), "(.*)"))
     if (page := link.search(theirs.text)) and not link.search(mine.text):
         mine = ModelCard(link_page(new, page[1]))
-    text = put_between(mine.text, around_marks(theirs.text) or (theirs.text, ""))
+    marks = around_marks(theirs.text)
+    text = put_between(mine.text, marks or (theirs.text, ""))
     # As it stands there: huggingface_hub's older classes take a word for a list of letters.
     ours, kept = mine.data.to_dict(), read_card(old, RepoCard).data.to_dict()
-    marked = around_marks(theirs.text) is not None
-    base = str(kept.get("base_model"))
-    starts = (f"from the weights of `{name}" for name in (f"hf-hub:{base}", f"{base.rpartition('/')[2]}`"))
-    written = {result.dataset_type for result in getattr(theirs.data, "eval_results", None) or ()} if marked else set()
-    kept["datasets"] = [name for name in listed(kept.get("datasets")) if name not in written]
-    if "base_model" in ours or (marked and any(start in theirs.text for start in starts)):
-        kept = {key: value for key, value in kept.items() if key not in _BASE}
-    kept.pop("model-index", None)
+    started = False
+    if marks:  # what an earlier publish wrote of its training
+        base = str(kept.get("base_model"))
+        names = (f"`hf-hub:{base}", f"`{base.rpartition('/')[2]}`")
+        started = any(f"from the weights of {name}" in theirs.text for name in names)
+        measured = {result.dataset_type for result in getattr(theirs.data, "eval_results", None) or ()}
+        kept["datasets"] = [name for name in listed(kept.get("datasets")) if name not in measured]
+    for key in ("model-index", *(("base_model", "base_model_relation") if started or "base_model" in ours else ())):
+        kept.pop(key, None)
     merged = {**ours, **kept, "library_name": ours["library_name"]}
     for key in ("tags", "datasets"):
         both = dict.fromkeys([*listed(ours.get(key)), *listed(kept.get(key))])  # a set that keeps the order

@@ -31,7 +31,7 @@ from ..version import version
 from .cards import link_page, merge_cards
 from .packing import pack
 from .sources import read_source
-from .space import build_space, is_free, merge_space_cards, space_url
+from .space import build_space, is_page, is_untouched, merge_space_cards, space_url
 from .waiting import limit_waiting
 
 __all__ = ["Publication", "publish"]
@@ -203,12 +203,14 @@ def _send(
     if revision:
         attempt(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
     there: Any = attempt(lambda: api.repo_info(repo_id, revision=revision, repo_type=repo_type))
-    head, names = str(there.sha), [file.rfilename for file in there.siblings or ()]
+    head = str(there.sha)
     card = folder / "README.md"
     try:
         old = attempt(lambda: _read(repo_id, "README.md", head, repo_type))
-        if space and not is_free(old, names, attempt(lambda: _read(repo_id, "index.html", head, repo_type))):
-            raise ValueError("there is a Space of that name already, and it is no such page: rename it first")
+        if space and not is_page(old):
+            index = attempt(lambda: _read(repo_id, "index.html", head, repo_type))
+            if not is_untouched([file.rfilename for file in there.siblings or ()], index):
+                raise ValueError("there is a Space of that name already, and it is no such page: rename it first")
         if old is not None:
             merge = merge_space_cards if space else merge_cards
             card.write_text(merge(card.read_text(encoding="utf-8"), old), encoding="utf-8")

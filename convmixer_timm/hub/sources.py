@@ -16,7 +16,7 @@ from ..checkpoints import Shape, StateDict, check_sizes, checkpoint_filter_fn, r
 from ..convmixer import CIFAR10_LABELS, ConvMixer
 from ..errors import one_line
 from ..files import as_text
-from ..inference.loading import check_labels, check_preprocessing, load_folder
+from ..inference.loading import check_labels, check_preprocessing, load_folder, split_name
 from ..training.record import FILE, Model, Record, describe_model
 from .cards import Evaluation, Training
 
@@ -293,7 +293,7 @@ def _start(args: dict[str, Any]) -> str:
 
 
 def _without_folders(model: str) -> str:
-    scheme, _, location = model.partition(":")
+    scheme, location = split_name(model)
     return f"local-dir:{as_text(Path(location).resolve().name)}" if scheme == "local-dir" else model
 
 
@@ -350,7 +350,7 @@ def _hub_model(args: dict[str, Any]) -> str:
     """The model that a run began with as the Hub names it; empty for one that isn't there."""
     if not args["pretrained"] or args.get("initial_checkpoint") or args.get("pretrained_path"):
         return ""
-    scheme, _, location = args["model"].rpartition(":")
+    scheme, location = split_name(args["model"])
     if scheme:
         return location.removeprefix("//").partition("@")[0] if scheme in ("hf-hub", "hf_hub") else ""
     cfg = timm.get_pretrained_cfg(args["model"])

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, SpaceCard, SpaceCardData, constants
 from ..web.page import page
 from .cards import BEGIN, END, around_marks, compose_card, listed, put_between, read_card
 
-__all__ = ["build_space", "is_free", "merge_space_cards", "space_url"]
+__all__ = ["build_space", "is_page", "is_untouched", "merge_space_cards", "space_url"]
 
 # What the Hub puts into a static Space that is new: these files, and this sentence into its page.
 _TEMPLATE = {".gitattributes", "README.md", "index.html", "style.css"}
@@ -52,16 +52,13 @@ def build_space(model_folder: Path, folder: Path, repo_id: str) -> None:
     (folder / "README.md").write_text(compose_card(data, f"{BEGIN}\n\n{text}\n\n{END}"), encoding="utf-8")
 
 
-def is_free(card: str | None, files: Iterable[str], index: str | None) -> bool:
-    """Whether a page may be written into a Space: it holds an earlier one, or nothing that somebody made.
+def is_page(card: str | None) -> bool:
+    """Whether a Space with that ``README.md`` holds an earlier page."""
+    return card is not None and around_marks(card) is not None
 
-    Args:
-        card: Its ``README.md``, if it has one.
-        files: Names of all of its files.
-        index: Its ``index.html``, if it has one.
-    """
-    if card is not None and around_marks(card):
-        return True
+
+def is_untouched(files: Iterable[str], index: str | None) -> bool:
+    """Whether a Space with files of these names, and that ``index.html``, holds nothing that somebody made."""
     return set(files) <= _TEMPLATE and (index is None or _WELCOME in index)
 
 

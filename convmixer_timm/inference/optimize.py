@@ -337,7 +337,6 @@ def calibration_batches(
     if source is None:
         raise ValueError("int8 needs calibration images: a folder, or batches of images")
     enough = max(_CALIBRATION_IMAGES, batch or 0)
-    named = isinstance(source, str | Path)
     if isinstance(source, str | Path):
         batches: Iterable[Any] = _from_files(model, source, size, enough)
     elif getattr(source, "ndim", 0) == 4:
@@ -363,7 +362,7 @@ def calibration_batches(
         if count >= enough:
             return
     if not count:
-        raise ValueError(f"no calibration images in {source if named else 'the iterable'}")
+        raise ValueError(f"no calibration images in {source if isinstance(source, str | Path) else 'the iterable'}")
     if waiting and batch is not None and count < batch:
         yield torch.cat(waiting * -(-batch // count))[:batch]
 

@@ -168,11 +168,12 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
         if options.start_epoch is not None:
             start = options.start_epoch
         before = Record.read(checkpoint.parent)
-        other = before is None or bool(record.differences(before))
-        record = record.going_on_from(before, start) if resumed else _same_run(checkpoint.parent, record)
+        if not resumed:
+            _check_same_run(checkpoint.parent, record, before)
+        record = record.going_on_from(before, start)
         if start >= epochs:
             done = f"{checkpoint.parent} is finished, {start} of {epochs} epochs."
-            if other:
+            if record is not before:
                 raise ValueError(
                     f"{done} Nothing would be trained: to go on with it give --epochs N, more than {start}"
                 )
@@ -188,15 +189,13 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     return args
 
 
-def _same_run(run: Path, record: Record) -> Record:
-    """The record in a run's folder, which has to be that of the run about to start."""
-    before = Record.read(run)
+def _check_same_run(run: Path, record: Record, before: Record | None) -> None:
+    """Raises ValueError unless the record in a run's folder is that of the run about to start."""
     what_then = f"To start anew give --experiment NAME; to go on with it nevertheless give --resume {run / LAST}"
     if before is None:
         raise ValueError(f"{run} holds a run that nothing is known of, as it has no {FILE}. {what_then}")
     if differences := record.differences(before):
         raise ValueError(f"{run} holds another run: {'; '.join(differences)}. {what_then}")
-    return before
 
 
 def _epoch_of(checkpoint: Path) -> int:
@@ -267,10 +266,8 @@ def told_by_record(record: Record, flags: set[str]) -> list[str]:
     """
     told, kwargs = record.model.preprocessing, dict(record.model.args)
     channels, height, width = told["input_size"]
-    if "--gp" in flags and "global_pool" in kwargs:  # which validate.py gives to the model by itself
-        pooling = kwargs.pop("global_pool")
-    else:
-        pooling = None
+    # A script with an option for the pooling gives it to the model by itself.
+    pooling = kwargs.pop("global_pool", None) if "--gp" in flags else None
     if "--label-type" in flags and record.data.classes:
         kwargs["pretrained_cfg_overlay"] = {"label_names": record.data.classes}
     args: dict[str, Any] = {

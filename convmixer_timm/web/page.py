@@ -202,7 +202,9 @@ def _default_title(name: str) -> str:
     scheme, location = split_name(name)
     if scheme == "local-dir":
         location = str(Path(location).expanduser().resolve())
-    return as_text(location.partition("@")[0].rpartition("/")[2])
+    else:
+        location = location.partition("@")[0]
+    return as_text(location.rpartition("/")[2])
 
 
 def _lede(labels: list[str], maps: bool) -> str:
