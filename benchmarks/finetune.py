@@ -40,7 +40,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     recipe = yaml.safe_load((RECIPES / "finetune.yaml").read_text(encoding="utf-8"))
     recipe |= {key: value for key in ("model", "epochs") if (value := getattr(args, key))}
-    recipe |= {"num_classes": args.num_classes, "val_split": args.val_split}
+    recipe |= {"num_classes": args.num_classes, "val_split": args.val_split, "val_interval": recipe["epochs"]}
 
     rows = []
     for seed in range(args.seeds):

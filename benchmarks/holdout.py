@@ -10,8 +10,8 @@ import random
 from pathlib import Path
 
 
-def split(source: Path, target: Path, per_class: int, seed: int) -> None:
-    for folder in sorted(p for p in source.iterdir() if p.is_dir()):
+def split(source: Path, target: Path, per_class: int, seed: int, classes: list[str] | None = None) -> None:
+    for folder in sorted(p for p in source.iterdir() if p.is_dir() and p.name in (classes or [p.name])):
         files = sorted(folder.iterdir())
         if len(files) <= per_class:
             raise SystemExit(f"{folder} has {len(files)} images, no more than the {per_class} to hold out")
@@ -30,5 +30,8 @@ if __name__ == "__main__":
     parser.add_argument("target", type=Path)
     parser.add_argument("--per-class", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="(all)")
     args = parser.parse_args()
-    split(args.source, args.target, args.per_class, args.seed)
+    if missing := [name for name in args.classes or () if not (args.source / name).is_dir()]:
+        parser.error(f"{args.source} has no folder {', '.join(missing)}")
+    split(args.source, args.target, args.per_class, args.seed, args.classes)
