@@ -232,8 +232,10 @@ class ConvMixer(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         images = x
         x = self.stem(x)
-        # TorchScript can't slice the layers
-        blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript can't slice the layers
+            blocks = self.blocks
+        else:
+            blocks = self.blocks[: max_index + 1]
         for i, block in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x)
@@ -292,7 +294,7 @@ class ConvMixer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, in_chans, H, W] to logits [N, num_classes]."""
-        return self.forward_head(self._forward_layers(x))
+        return fast.as_given(self.forward_head(self._forward_layers(x)), x)  # without pooling, feature maps
 
 
 def _create_convmixer(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> ConvMixer:

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_data_config
 from timm.data.readers.img_extensions import add_img_extensions, get_img_extensions
 
 from .errors import one_line, os_reason
 
-__all__ = ["ImageError", "find_images", "image_loader", "known_extensions", "load_image"]
+__all__ = ["ImageError", "data_config", "find_images", "image_loader", "known_extensions", "load_image"]
 
 # What Pillow opens but this package doesn't: EPS runs Ghostscript, the others need Windows or a handler of one's own.
 _NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
@@ -101,8 +101,10 @@ def load_image(source: Any, channels: int = 3) -> Image.Image:
     Raises:
         ImageError: If a file or PIL image can't be read: it isn't there, is no image, damaged, larger than Pillow's
             limit against decompression bombs, or more than 100 times as long as it is wide. An OSError of one line.
-        ValueError: If an array has another shape or holds something else.
+        ValueError: If an array has another shape or holds something else, or `channels` is another number.
     """
+    if channels not in (1, 3):
+        raise ValueError(f"images are read in 1 or 3 channels, and the model takes {channels}")
     if isinstance(source, Image.Image):
         image = _read(source, getattr(source, "filename", "") or "PIL image")
     elif isinstance(source, str | os.PathLike) or hasattr(source, "read"):
@@ -159,20 +161,36 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(_too_large())
 
 
+def _check_offset(image: Any) -> None:
+    """Raises ValueError for a FITS file of unsigned integers, stored with an offset, which Pillow ignores."""
+    if image.format != "FITS" or not image.fp or not image.tile:
+        return
+    image.fp.seek(0)
+    header = image.fp.read(image.tile[0].offset)
+    for card in (header[i : i + 80] for i in range(0, len(header), 80)):
+        if card.startswith(b"BZERO   =") and float(card[10:].split(b"/")[0].replace(b"D", b"E")):
+            raise ValueError(f"its pixels have an offset ({card[:30].decode().strip()}), which Pillow doesn't read")
+
+
 def _read(image: Image.Image, name: str) -> Image.Image:
     """The pixels of an opened image, upright, in 8 bits."""
     try:
         _check_size(*image.size)  # before anything is decoded
+        _check_offset(image)
     except ValueError as error:
         raise ImageError(name, str(error)) from error
     try:
         image.load()
-        stated, negative = _stated_range(image), getattr(image, "tag_v2", {}).get(262) == 0  # white is zero
+        tags: Any = getattr(image, "tag_v2", {})
+        stated, negative = _stated_range(image), tags.get(262) == 0  # white is zero
+        # Pillow has no mode for 32 bits without a sign.
+        unsigned = image.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,))[0] == 1
         with contextlib.suppress(Exception):  # damaged EXIF data around a sound picture
             if image.getexif().get(0x0112, 1) != 1:
                 image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
-            pixels = _eight_bits(np.asarray(image), stated)
+            values = np.asarray(image)
+            pixels = _eight_bits(values.view(np.uint32) if unsigned else values, stated)
             image = Image.fromarray(255 - pixels if negative else pixels)
         if image.mode in ("RGBa", "La"):  # alpha multiplied in already: Pillow goes no other way
             image = image.convert(f"{image.mode[:-1]}A")
@@ -224,8 +242,11 @@ def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None = None) -
 
 def _from_array(source: Any) -> Image.Image:
     if isinstance(source, torch.Tensor):
-        source = source.detach().cpu()
-        source = source.float() if source.dtype == torch.bfloat16 else source
+        try:
+            source = source.detach().cpu().resolve_neg().resolve_conj()
+            source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+        except (RuntimeError, TypeError) as error:  # meta, sparse, of 8-bit floats
+            raise ValueError(f"not a tensor of pixels: {one_line(error)}") from error
     values = np.asarray(source)
     if values.ndim not in (2, 3) or values.shape[2:] not in ((), (1,), (3,), (4,)):
         got = f"{list(values.shape)}" if values.ndim else f"a {type(source).__name__}"
@@ -235,12 +256,27 @@ def _from_array(source: Any) -> Image.Image:
     return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
 
 
+def data_config(model: nn.Module, size: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """What a model's images are like, as timm's `resolve_model_data_config` says, in the channels that the model has.
+
+    A model that was made with other `in_chans` than its weights had still has the others' description. Of another
+    `size` (in_chans, H, W) where it is given.
+    """
+    # Without the model itself: timm asks for its truth, and a compiled one has none.
+    config: dict[str, Any] = resolve_data_config({"in_chans": None}, getattr(model, "pretrained_cfg", None))
+    channels, *sides = config["input_size"]
+    config["input_size"] = size or (getattr(model, "in_chans", None) or channels, *sides)
+    for key in ("mean", "std"):
+        if len(values := config[key]) != config["input_size"][0]:
+            config[key] = (sum(values) / len(values),) * config["input_size"][0]
+    return config
+
+
 def image_loader(model: nn.Module, size: tuple[int, ...] | None = None) -> Callable[[Any], torch.Tensor]:
     """A function that reads an image as `model` takes it in evaluation, [in_chans, H, W]; see `load_image`.
 
     Of another `size` (in_chans, H, W) where it is given.
     """
-    config = resolve_model_data_config(model)
-    config["input_size"] = size or config["input_size"]
+    config = data_config(model, size)
     transform: Any = create_transform(**config, is_training=False)
     return lambda source: transform(load_image(source, channels=config["input_size"][0]))

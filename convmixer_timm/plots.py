@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_model_data_config
 
 from .convmixer import ConvMixer
 from .files import atomic_path
-from .images import ImageError, image_loader
+from .images import ImageError, data_config, image_loader
 
 try:
     from matplotlib.figure import Figure
@@ -96,20 +95,24 @@ def draw_curve(summary: Path, target: Path) -> None:
         rows = list(csv.DictReader(file))
     if not rows or "epoch" not in rows[0]:
         raise ValueError(f"{summary} has no finished epoch")
-    epochs = [int(row["epoch"]) + 1 for row in rows]
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     loss = figure.subplots()
     for column, label, style in (("train_loss", "loss, training", "-"), ("eval_loss", "loss, validation", "--")):
-        if rows[0].get(column):
-            loss.plot(epochs, [float(row[column]) for row in rows], style, color="tab:blue", label=label)
+        if values := _column(rows, column):
+            loss.plot(*zip(*values, strict=True), style, color="tab:blue", label=label)
     loss.set(xlabel="epoch", ylabel="loss")
-    if rows[0].get("eval_top1"):
-        top1 = [float(row["eval_top1"]) for row in rows]
+    if top1 := _column(rows, "eval_top1"):
         accuracy = loss.twinx()
-        accuracy.plot(epochs, top1, color="tab:orange", label=f"top-1, validation (last {top1[-1]:.2f} %)")
+        label = f"top-1, validation (last {top1[-1][1]:.2f} %)"
+        accuracy.plot(*zip(*top1, strict=True), color="tab:orange", label=label)
         accuracy.set_ylabel("top-1 in %")
     figure.legend(loc="outside upper center", ncols=3, fontsize="small")
     _save(figure, target)
+
+
+def _column(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:
+    """A column's values by epoch, counted from 1; not every epoch need have one."""
+    return [(int(row["epoch"]) + 1, float(row[name])) for row in rows if row.get(name)]
 
 
 def draw_patch_filters(model: Any, target: Path) -> None:
@@ -179,7 +182,7 @@ def draw_heat_map(model: Any, image: torch.Tensor, names: list[str], target: Pat
     weights = gradient.mean((2, 3), keepdim=True)
     heat = (weights * features.detach()).sum(1, keepdim=True).relu()
     heat = F.interpolate(heat, image.shape[-2:], mode="bilinear")[0, 0]
-    config = resolve_model_data_config(model)
+    config = data_config(model)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     shown = (image * std + mean).clamp(0, 1)
     if len(shown) != 3:

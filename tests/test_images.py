@@ -20,6 +20,8 @@ from convmixer_timm.images import ImageError, find_images, load_image
 from .conftest import IMAGES
 
 CAT = IMAGES / "cat/0000.png"
+PIXELS = torch.ones(4, 4, 3)
+UNREADABLE = [PIXELS.to("meta"), PIXELS.to_sparse(), PIXELS.to(torch.float8_e5m2)]
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +87,43 @@ def test_white_is_zero_where_the_file_says_so(values, grey, tmp_path):
     assert np.abs(seen(path) - grey).max() <= 1
 
 
-def test_twelve_bits(grey, tmp_path):
-    """As scientific cameras write: a TIFF made by hand, two pixels in three bytes."""
-    values = (grey.astype(int) * 4095 // 255).reshape(-1, 2)
-    first, second = values[:, 0], values[:, 1]
-    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
-    entries = {256: 32, 257: 32, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 32, 279: len(packed)}
+def tiff(path, bits, packed):
+    """A TIFF of 32 x 32 pixels, made by hand."""
+    entries = {256: 32, 257: 32, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 32, 279: len(packed)}
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
     header = b"II*\0" + struct.pack("<I", 8 + len(packed))
     directory = struct.pack("<H", len(entries)) + directory + bytes(4)
-    (tmp_path / "deep.tiff").write_bytes(header + packed + directory)
-    assert np.abs(seen(tmp_path / "deep.tiff") - grey).max() <= 1
+    path.write_bytes(header + packed + directory)
+    return path
+
+
+def test_twelve_bits(grey, tmp_path):
+    """As scientific cameras write: two pixels in three bytes."""
+    values = (grey.astype(int) * 4095 // 255).reshape(-1, 2)
+    first, second = values[:, 0], values[:, 1]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    assert np.abs(seen(tiff(tmp_path / "deep.tiff", 12, packed)) - grey).max() <= 1
+
+
+def test_thirty_two_bits_without_a_sign(tmp_path):
+    ramp = np.arange(1024).reshape(32, 32) // 4
+    path = tiff(tmp_path / "deep.tiff", 32, (ramp * (2**32 // 256)).astype("<u4").tobytes())
+    assert np.abs(seen(path) - ramp).max() <= 1
+
+
+@pytest.mark.parametrize("offset", [0, 32768])
+def test_an_offset_that_pillow_ignores(offset, tmp_path):
+    sizes = ["BITPIX  = 16", "NAXIS   = 2", "NAXIS1  = 32", "NAXIS2  = 32"]
+    cards = ["SIMPLE  = T", *sizes, f"BZERO   = {offset} / x", "END"]
+    header = "".join(card.ljust(80) for card in cards).ljust(2880).encode()
+    (tmp_path / "sky.fits").write_bytes(header + np.arange(1024).astype(">i2").tobytes())
+    if not offset:
+        assert load_image(tmp_path / "sky.fits").size == (32, 32)
+        return
+    with pytest.raises(ImageError, match=r"sky.fits: its pixels have an offset \(BZERO   = 32768 / x\), which Pillow"):
+        load_image(tmp_path / "sky.fits")
+    with pytest.raises(ImageError, match="its pixels have an offset"), Image.open(tmp_path / "sky.fits") as image:
+        load_image(image)
 
 
 def test_values_that_are_no_numbers(grey, tmp_path):
@@ -238,6 +266,7 @@ def test_an_unreadable_file_or_folder_is_named(tmp_path, monkeypatch):
         lambda rgb: np.dstack([rgb, np.zeros(rgb.shape[:2], np.uint8)]),
         lambda rgb: torch.from_numpy(rgb.copy()),
         lambda rgb: rgb[::-1][::-1],
+        lambda rgb: torch._neg_view(-torch.from_numpy(rgb / 255)),
     ],
 )
 def test_arrays(array):
@@ -262,6 +291,8 @@ def test_grey_arrays():
         (np.zeros((4, 4, 3), complex), "pixels must be numbers, got complex128"),
         (np.full((4, 4, 3), np.nan), "no finite pixels"),
         (np.array([["a"]]), "pixels must be numbers"),
+        *((t, "not a tensor of pixels: ") for t in UNREADABLE),
+        (PIXELS.cfloat().conj(), "pixels must be numbers, got complex64"),
         (7, "an image is a path, a PIL image or an array"),
         (None, "an image is a path, a PIL image or an array"),
         (b"cat.jpg", "an image is a path, a PIL image or an array"),

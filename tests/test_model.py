@@ -6,10 +6,11 @@ import inspect
 import pytest
 import timm
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn as nn
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
-from convmixer_timm import ConvMixer
+from convmixer_timm import ConvMixer, set_fast_training
 
 SMALL = dict(dim=32, depth=3, kernel_size=5, patch_size=2, num_classes=10)
 
@@ -236,6 +237,9 @@ def test_features_only(feature_cls):
     assert shapes == [(2, 128, 16, 16)] * 2
     assert model.feature_info.channels() == [128, 128]
     assert model.feature_info.reduction() == [2, 2]
+    if feature_cls == "getter":
+        for found, expected in zip(torch.jit.script(model)(x := images()), model(x), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_grad_checkpointing_gives_the_same_gradients():
@@ -322,3 +326,23 @@ def test_torch_func_transforms():
     output, tangent = torch.func.jvp(model, (x,), (x,))
     torch.testing.assert_close(output, model(x))
     assert tangent.isfinite().all()
+    torch.testing.assert_close(torch.func.linearize(model, x)[1](x), tangent)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("of_images", [False, True])
+def test_forward_mode_differentiation(of_images, train):
+    model, x = ConvMixer(**SMALL).train(train), images()
+    parameters = dict(model.named_parameters())
+
+    def dual(t):
+        return fwAD.make_dual(t.detach(), torch.ones_like(t))
+
+    tangents = []
+    for fast_training in (True, False):
+        set_fast_training(fast_training)
+        with fwAD.dual_level():
+            inputs = (parameters, dual(x)) if of_images else ({k: dual(p) for k, p in parameters.items()}, x)
+            tangents.append(fwAD.unpack_dual(torch.func.functional_call(model, *inputs)).tangent)
+    set_fast_training(True)
+    torch.testing.assert_close(*tangents)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import resolve_model_data_config
+
+from ..images import data_config
 
 __all__ = ["ClassMap", "has_class_map"]
 
@@ -33,7 +34,7 @@ def has_class_map(model: Any) -> bool:
     """Whether a model's logits are the mean of its class maps: not with another pooling, nor a norm before the head."""
     if not isinstance(model.get_classifier(), nn.Linear):
         return False
-    images = torch.randn(2, *resolve_model_data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, *data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
     try:
         logits, maps = ClassMap(model.eval())(images)
     except (RuntimeError, TypeError):  # features or pooled ones of another shape

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
-from timm.data import resolve_model_data_config
 
 from ..files import folder_beside
+from ..images import data_config
 from .class_map import ClassMap
 from .loading import check_labels, check_model, class_names
 from .optimize import TOLERANCES, calibration_batches, onnx_program, openvino_model, quantized, quiet, unavailable
@@ -87,7 +87,7 @@ def export(
         reason = reason or (unavailable("openvino", precision) if precision == "int8" else None)
         if reason:
             raise RuntimeError(reason)
-    config = resolve_model_data_config(model)
+    config = data_config(model)
     metadata = {
         "architecture": model.pretrained_cfg.get("architecture"),
         "precision": precision,

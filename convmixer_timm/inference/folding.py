@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.layers import DropPath
 
 from ..convmixer import Block, ConvActNorm, ConvMixer, Residual
+from ..kernels.fast import untouched
 
 __all__ = ["fold_norms"]
 
@@ -64,24 +66,33 @@ def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-def _is(layers: Any, kind: Any, *kinds: type[nn.Module]) -> bool:
-    """Whether a sequence is exactly of a kind, of layers that are of these."""
-    return type(layers) is kind and len(layers) == len(kinds) and all(map(isinstance, layers, kinds))
+def _is(layers: Any, kind: Any, *kinds: type[nn.Module] | None) -> bool:
+    """Whether a sequence is exactly of a kind, of layers that are exactly of these; None is any activation."""
+    if type(layers) is not kind or len(layers) != len(kinds):
+        return False
+    return all(exact is None or type(layer) is exact for layer, exact in zip(layers, kinds, strict=True))
 
 
 def _foldable(model: Any) -> bool:
-    """Whether a model is a ConvMixer as it was made: a subclass, or layers changed afterwards, may compute anything."""
-    conv_act_norm = (nn.Conv2d, nn.Module, nn.BatchNorm2d)
-    if type(model) is not ConvMixer or not _is(model.stem, ConvActNorm, *conv_act_norm):
+    """Whether a model is a ConvMixer as it was made: a subclass, or what was changed since, may compute anything."""
+    conv_act_norm = (nn.Conv2d, None, nn.BatchNorm2d)
+    methods = {"forward_features", "forward_head", "_forward_layers"}
+    if type(model) is not ConvMixer or methods & vars(model).keys() or not untouched(*model.modules()):
         return False
+    if type(model.head_drop) is not nn.Dropout or not _is(model.stem, ConvActNorm, *conv_act_norm):
+        return False
+    dim = model.num_features
     blocks: Any = model.blocks
     for block in blocks:
         if not _is(block, Block, Residual, *conv_act_norm) or block.residual or block[1].bias is None:
             return False
-        if not _is(block[0].fn, ConvActNorm, *conv_act_norm):
+        if not _is(block[0].fn, ConvActNorm, *conv_act_norm) or type(block[0].drop_path) not in (DropPath, nn.Identity):
             return False
-    norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
-    return len(norms) == 1 + 2 * len(blocks) and all(norm.affine and norm.track_running_stats for norm in norms)
+        if block[0].fn[0].weight.shape[:2] != (dim, 1) or block[1].weight.shape != (dim, dim, 1, 1):
+            return False
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    # A weight that is no parameter is made anew at each call.
+    return all(m._parameters.get("weight") is not None and getattr(m, "track_running_stats", True) for m in layers)
 
 
 @torch.no_grad()
@@ -93,7 +104,7 @@ def fold_norms(model: nn.Module) -> nn.Module | None:
 
     Returns:
         The folded module, in evaluation mode; None where it can't be done: for other models and changed ones, for norms
-        that are no batch-norms, and for a residual around the channel mixing.
+        that are no batch-norms, where something hooks in, and for a residual around the channel mixing.
     """
     if not _foldable(model):
         return None

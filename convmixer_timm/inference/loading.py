@@ -18,6 +18,7 @@ from .download import download
 __all__ = [
     "check_labels",
     "check_model",
+    "check_module",
     "check_preprocessing",
     "class_names",
     "load_folder",
@@ -45,11 +46,21 @@ def usable_device(name: str | torch.device | None = None) -> torch.device:
     return device
 
 
-def check_model(model: Any) -> None:
+def check_module(model: Any) -> None:
     """Raises ValueError for what is no model: its name, say."""
     if not isinstance(model, nn.Module):
         got = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
         raise ValueError(f"the model must be one of PyTorch, from load_model or timm.create_model, got {got}")
+
+
+def check_model(model: Any) -> None:
+    """Raises ValueError for what is no classifier of timm's: a wrapper around one, say."""
+    check_module(model)
+    if missing := [name for name in ("pretrained_cfg", "num_classes") if getattr(model, name, None) is None]:
+        raise ValueError(
+            f"{type(model).__name__} is no classifier of timm's, it has no {missing[0]}: give the model inside it, as "
+            "load_model or timm.create_model makes it"
+        )
 
 
 def split_name(name: str) -> tuple[str, str]:

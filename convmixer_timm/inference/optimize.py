@@ -30,7 +30,7 @@ from ..files import atomic_path, cache_dir
 from ..images import ImageError, find_images, image_loader
 from .class_map import ClassMap
 from .folding import fold_norms
-from .loading import check_model
+from .loading import check_module
 
 __all__ = ["BACKENDS", "PRECISIONS", "TOLERANCES", "OptimizedModel", "calibration_batches", "optimize", "unavailable"]
 
@@ -82,12 +82,16 @@ class OptimizedModel(nn.Module):
         self.times: dict[str, float] = choice["times"]
         self.pretrained_cfg = getattr(model, "pretrained_cfg", {})
         self.num_classes = getattr(model, "num_classes", None)
+        self.in_chans = size[0]
 
+    @torch.compiler.disable  # what it runs is compiled already, or another engine's
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, in_chans, H, W], of the example's size, to what the model gives for them, in fp32."""
-        if tuple(x.shape[1:]) != self._size or (self._fixed and len(x) != self._fixed):
+        shape = tuple(x.shape) if isinstance(x, torch.Tensor) else ()
+        if shape[1:] != self._size or (self._fixed and shape[0] != self._fixed):
             expected = "x".join(map(str, (self._fixed or "N", *self._size)))
-            raise ValueError(f"made for images of {expected}, got {'x'.join(map(str, x.shape))}")
+            got = "x".join(map(str, shape)) or f"a {type(x).__name__}"
+            raise ValueError(f"made for images of {expected}, got {got}")
         return self._run(x)
 
     def extra_repr(self) -> str:
@@ -138,10 +142,13 @@ def optimize(
         `TOLERANCES` (checked on the example for fp32 and bf16).
 
     Raises:
-        ValueError: If `backend` or `precision` is unknown, or int8 has no calibration images of the example's size.
+        ValueError: If `backend` or `precision` is unknown, the model is in TorchScript or gives no tensor, or int8 has
+            no calibration images of the example's size.
         RuntimeError: If this machine can't do it, or the outputs differ by more than the tolerance.
     """
-    check_model(model)
+    check_module(model)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError("a model in TorchScript can't be optimised: give the one that it was made from")
     if not isinstance(example_input, torch.Tensor) or example_input.ndim != 4 or not len(example_input):
         got = list(getattr(example_input, "shape", ())) or type(example_input).__name__
         raise ValueError(f"the example must be a tensor of images [N, in_chans, H, W], got {got}")
@@ -171,6 +178,10 @@ def optimize(
             expected = plain(example_input)
         except RuntimeError as error:  # PyTorch's, for another number of channels, say
             raise ValueError(f"the model can't take images of {list(size)}: {one_line(error)}") from error
+    if not isinstance(expected, torch.Tensor):
+        raise ValueError(
+            f"only a model that gives a tensor can be optimised, this one gives a {type(expected).__name__}"
+        )
     networks: dict[bool, nn.Module] = {False: plain, **({True: folded} if folded is not None else {})}
     parts = [part for part in _PARTS if part < count and not (fixed_batch and count % part)]
     candidates = [_Candidate(*c) for c in itertools.product(usable, networks, [None, *parts])]
@@ -183,7 +194,7 @@ def optimize(
     def build(candidate: _Candidate) -> Run:
         name, fold, part = candidate
         run = engine(name, fold, part if fixed_batch else None)
-        whole = _indifferent(run if part is None else lambda x: torch.cat([run(images) for images in x.split(part)]))
+        whole = _Indifferent(run if part is None else lambda x: torch.cat([run(images) for images in x.split(part)]))
         _check(whole, example_input, expected, precision)
         return whole
 
@@ -233,16 +244,23 @@ def _no_autocast() -> torch.autocast:
     return torch.autocast("cpu", enabled=False)
 
 
-def _indifferent(run: Run) -> Run:
+class _Indifferent:
     """The same function for every caller: with gradients, inference mode and autocast on or off."""
 
-    def indifferent(x: torch.Tensor) -> torch.Tensor:
+    def __init__(self, run: Run):
+        self._run = run
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), _no_autocast():
-            out = run(x.detach().float().resolve_neg())
+            out = self._run(x.detach().float().resolve_neg())
         with torch.inference_mode(False), torch.no_grad():
             return out.clone()  # no inference tensor, so that a loss may be computed on it
 
-    return indifferent
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Indifferent":
+        return self
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("an optimised model belongs to this process and machine: call optimize where it runs")
 
 
 def _check(run: Run, x: torch.Tensor, expected: torch.Tensor, precision: str) -> None:
@@ -400,7 +418,14 @@ def _from_files(model: Any, source: str | Path, size: tuple[int, ...] | None, en
 def _inductor(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, _: Batches) -> Run:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     network: Any = copy.deepcopy(model).to(memory_format=torch.channels_last, dtype=dtype)  # type: ignore[call-overload]
-    compiled = torch.compile(network, dynamic=False if fixed else None, options={"freezing": True})
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = network(x)
+        return output
+
+    # PyTorch gives up compiling, silently, a code that it has compiled eight times: each model has a code of its own.
+    forward.__code__ = forward.__code__.replace()
+    compiled = torch.compile(forward, dynamic=False if fixed else None, options={"freezing": True})
     # One call at a time, which has all cores anyway: of threads that check PyTorch's guards at once some fail them, and
     # compile again, until it gives up compiling for good.
     lock = threading.Lock()
@@ -410,8 +435,7 @@ def _inductor(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, _:
         if not fixed and len(x) > 1:  # a batch of one is compiled by itself
             torch._dynamo.maybe_mark_dynamic(x, 0)
         with lock:
-            output: torch.Tensor = compiled(x)
-            return output.float()
+            return compiled(x).float()
 
     return run
 

@@ -68,7 +68,7 @@ def predict(
             raise ValueError(
                 f"no classifier: the model gives {list(logits.shape[1:])} an image, for {len(names)} classes"
             )
-        probabilities, indices = logits.float().softmax(-1).cpu().topk(min(topk, len(names)))
+        probabilities, indices = logits.float().softmax(-1).cpu().topk(int(min(topk, len(names))))
         for (image, _), ps, ids in zip(batch, probabilities.tolist(), indices.tolist(), strict=True):
             yield image, [(names[i], p) for i, p in zip(ids, ps, strict=True)]
 

@@ -52,9 +52,12 @@ def enabled() -> bool:
 
 
 def transformed() -> bool:
-    """Whether torch.func (vmap, jvp, …) transforms what runs: the kernels' operators don't tell it how."""
+    """Whether torch.func (vmap, jvp, …) or forward-mode differentiation transforms what runs: the kernels' operators
+    don't tell it how."""
+    if torch.compiler.is_compiling():
+        return False
     # torch has no public way to ask; torch.autograd.Function itself asks so.
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _machine() -> str:

@@ -19,7 +19,7 @@ from .act_norm import act_norm
 from .depthwise import depthwise_conv2d
 from .spatial_mixing import spatial_mixing
 
-__all__ = ["Block", "ConvActNorm", "GlobalPool", "Residual", "as_given"]
+__all__ = ["Block", "ConvActNorm", "GlobalPool", "Residual", "as_given", "untouched"]
 
 # timm's GELU is always the exact one; a user's own subclass may compute anything.
 _GELUS = (nn.GELU, get_act_layer("gelu"))
@@ -27,7 +27,7 @@ _GELUS = (nn.GELU, get_act_layer("gelu"))
 
 class _Layer(nn.Module):
     def __call__(self, x: Tensor) -> Tensor:
-        if _runs_here(x) and _untouched(self):
+        if _runs_here(x) and untouched(self):
             memory.keep_freed()
             return self._fast(x.contiguous(memory_format=torch.channels_last))
         return super().__call__(x)
@@ -51,7 +51,7 @@ class Residual(_Layer):
     """Before a module that adds its input to its `fn`, a `ConvActNorm`, with stochastic depth `drop_path`."""
 
     def _fast(self, x):
-        if isinstance(self.fn, ConvActNorm) and _untouched(self.fn) and type(self.drop_path) is nn.Identity:
+        if isinstance(self.fn, ConvActNorm) and untouched(self.fn) and type(self.drop_path) is nn.Identity:
             return self.fn._fast(x, residual=True)
         return self.drop_path(self.fn(x)) + x
 
@@ -71,8 +71,12 @@ class GlobalPool(_Layer):
     turn: a tenth of a step. Windows keep the layout; one over rows, then one over columns is faster than one over both,
     and rounds less."""
 
+    def __call__(self, x: Tensor) -> Tensor:
+        # Without pooling the layout is its caller's.
+        return super().__call__(x) if self.pool_type else nn.Module.__call__(self, x)
+
     def _fast(self, x):
-        if self.pool_type == "avg" and isinstance(self.flatten, nn.Flatten) and _untouched(self.pool):
+        if self.pool_type == "avg" and isinstance(self.flatten, nn.Flatten) and untouched(self.pool):
             return F.avg_pool2d(F.avg_pool2d(x, (1, x.shape[3])), (x.shape[2], 1)).flatten(1)
         return self.forward(x)
 
@@ -101,7 +105,7 @@ def _runs_here(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dim() == 4 and x.numel() > 0 and not build.transformed()
 
 
-def _untouched(*modules: nn.Module) -> bool:
+def untouched(*modules: nn.Module) -> bool:
     """Whether nobody hooks into the modules, compiles them or has put another `forward` in place of theirs: such a
     module has to be called as it is."""
     return not _has_any_global_hook() and not any(
@@ -156,7 +160,7 @@ def _is_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
         and (conv.padding, conv.stride, conv.dilation, conv.padding_mode) == ("same", (1, 1), (1, 1), "zeros")
         and conv.kernel_size[0] == conv.kernel_size[1]
         and _plain(conv.weight)
-        and _untouched(conv)
+        and untouched(conv)
     )
 
 
@@ -179,7 +183,7 @@ def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
         and norm.momentum is not None
         and _plain(norm.weight)
         and (type(act) is nn.ReLU or (type(act) in _GELUS and getattr(act, "approximate", "none") == "none"))
-        and _untouched(act, norm)
+        and untouched(act, norm)
         and build.available()
     )
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard, constants, hf_hub_download
@@ -22,7 +21,7 @@ from PIL import Image
 
 from ..convmixer import CIFAR10_LABELS, WEIGHTS_DIR
 from ..files import as_text, atomic_path, files_below
-from ..images import find_images, load_image
+from ..images import data_config, find_images, load_image
 from ..inference.class_map import has_class_map
 from ..inference.export import export
 from ..inference.loading import load_model, split_name
@@ -171,7 +170,7 @@ def _integrity(file: Path) -> str:
 
 
 def _check_classifier(name: str, model: Any) -> None:
-    channels, height, width = timm.data.resolve_model_data_config(model)["input_size"]
+    channels, height, width = data_config(model)["input_size"]
     if channels not in (1, 3):
         raise ValueError(f"{name} takes images of {channels} channels; a browser's have 3, or 1 when made grey")
     with torch.inference_mode():

@@ -8,6 +8,7 @@ import torch
 
 from convmixer_timm.cli import main
 from convmixer_timm.inference import export as export_module
+from convmixer_timm.inference.class_map import has_class_map
 from convmixer_timm.inference.export import export
 from convmixer_timm.inference.optimize import TOLERANCES, calibration_batches, unavailable
 
@@ -131,6 +132,16 @@ def test_a_model_of_another_precision_is_not_written(tmp_path):
     for dtype in (torch.float64, torch.bfloat16):
         with pytest.raises(ValueError, match=f"from fp32 on the CPU, and this one is {dtype}"):
             export(timm.create_model("convmixer_128_4").to(dtype), tmp_path / "m.pt2", "torch-export")
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_model_of_other_channels(channels, tmp_path):
+    model = timm.create_model(NAME, pretrained=True, in_chans=channels)
+    metadata = export(model, tmp_path / "m.pt2", "torch-export")
+    assert metadata["input_size"] == (channels, 28, 28)
+    assert metadata["mean"] == pytest.approx([sum((0.4914, 0.4822, 0.4465)) / 3] * channels)
+    assert len(metadata["std"]) == channels
+    assert has_class_map(model)
 
 
 @pytest.mark.skipif(unavailable("openvino", "int8") is not None, reason="NNCF is not installed")

@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import importlib.util
+import io
 import json
+import pickle
 import shutil
 import sys
 import threading
@@ -102,6 +104,50 @@ def test_what_cannot_be_folded_is_left():
             return -super().forward(x)
 
     assert fold_norms(Other(8, 1)) is None
+
+
+def _hooked(name, kind="forward"):
+    return lambda model: getattr(model.get_submodule(name), f"register_{kind}_hook")(lambda *args: None)
+
+
+def _overridden(name):
+    return lambda model: setattr(model, name, getattr(model, name))
+
+
+def _subclassed(index):
+    def change(model):
+        layer = model.stem[index]
+        layer.__class__ = type("Other", (type(layer),), {})
+
+    return change
+
+
+def _weight_computed(model):
+    weight = model.blocks[0][1].weight.detach()
+    del model.blocks[0][1].weight
+    model.blocks[0][1].weight = weight
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(_hooked, ("", "blocks", "blocks.1", "blocks.0.0.fn", "blocks.1.3", "head")),
+        _hooked("stem", "forward_pre"),
+        *map(_overridden, ("forward", "forward_features", "_forward_layers", "forward_head")),
+        _subclassed(0),
+        _subclassed(2),
+        lambda model: nn.utils.parametrizations.weight_norm(model.blocks[0][0].fn[0]),
+        lambda model: nn.utils.parametrize.register_parametrization(model.blocks[1][3], "weight", nn.Identity()),
+        _weight_computed,
+        lambda model: setattr(model, "head_drop", nn.Tanh()),
+        lambda model: model.blocks[0].__setitem__(1, nn.Conv2d(32, 32, 3, padding=1)),
+    ],
+)
+def test_a_model_that_somebody_reaches_into_is_not_folded(change):
+    model = ConvMixer(32, 2).eval()
+    assert fold_norms(model) is not None
+    change(model)
+    assert fold_norms(model) is None
 
 
 CASES = [
@@ -220,6 +266,15 @@ def test_wrong_outputs_are_not_returned(model, images, monkeypatch):
     monkeypatch.setattr(optimize_module, "BACKENDS", {"inductor": (lambda *args: lambda x: model(x) + 1, ("fp32",))})
     with pytest.raises(RuntimeError, match="the outputs differ by"):
         optimize(model, images, "inductor")
+
+
+def test_what_cannot_be_optimised_is_said_before_anything_is_built(model, images, monkeypatch):
+    monkeypatch.setattr(optimize_module, "BACKENDS", {"inductor": (None, ("fp32",))})
+    for script in (torch.jit.script(model), nn.Sequential(torch.jit.trace(model, images[:1]))):
+        with pytest.raises(ValueError, match="in TorchScript can't be optimised"):
+            optimize(script, images, "inductor")
+    with pytest.raises(ValueError, match="only a model that gives a tensor can be optimised, this one gives a list"):
+        optimize(timm.create_model("convmixer_128_4", features_only=True), images, "inductor")
 
 
 def test_calibration_takes_loaders_and_folders(model, images):
@@ -411,6 +466,36 @@ def test_a_remembered_choice_of_another_shape_is_made_again(content, model, imag
     assert json.loads(choices.read_text())["KEY"]["chosen"] == list(fast.chosen)
 
 
+@pytest.fixture
+def eager(monkeypatch):
+    """An engine that needs nothing."""
+    monkeypatch.setattr(optimize_module, "BACKENDS", {"inductor": (lambda network, *_: network, ("fp32",))})
+    monkeypatch.setattr(optimize_module, "unavailable", lambda *_: None)
+
+
+def test_an_optimised_model_is_of_its_process(model, images, eager):
+    fast = optimize(nn.Sequential(model), images[:2])  # of any module
+    for save in (pickle.dumps, lambda m: torch.save(m, io.BytesIO())):
+        with pytest.raises(RuntimeError, match="belongs to this process and machine: call optimize where it runs"):
+            save(fast)
+    for copied in (copy.copy(fast), copy.deepcopy(fast)):
+        assert torch.equal(copied(images[:2]), fast(images[:2]))
+
+
+@pytest.mark.parametrize("wrong, got", [([1], "a list"), (None, "a NoneType"), (np.zeros((1, 3, 28, 28)), "a ndarray")])
+def test_what_is_no_tensor_is_said(wrong, got, model, images, eager):
+    with pytest.raises(ValueError, match=f"^made for images of Nx3x28x28, got {got}$"):
+        optimize(model, images[:2])(wrong)
+
+
+def test_a_model_of_one_channel(images, eager):
+    model = timm.create_model(NAME, pretrained=True, in_chans=1).eval()
+    fast = optimize(model, images[:2].mean(1, keepdim=True))
+    [(_, classes)] = predict(fast, IMAGES / "cat/0000.png")
+    assert classes[0][0] == "cat"
+    assert next(calibration_batches(model, IMAGES)).shape == (1, 1, 28, 28)
+
+
 def test_examples_that_are_no_batch(model, images):
     for example in (images[0], images[:0]):
         with pytest.raises(ValueError, match=r"the example must be a tensor of images \[N, in_chans, H, W\], got"):
@@ -424,7 +509,21 @@ def test_predicting_with_an_optimized_model(model, images):
     assert dict(classes) == pytest.approx(dict(expected), abs=1e-3)
 
 
-@pytest.mark.skipif(unavailable("inductor") is not None, reason="there is no C++ compiler")
+needs_inductor = pytest.mark.skipif(unavailable("inductor") is not None, reason="there is no C++ compiler")
+
+
+@needs_inductor
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_each_model_of_a_process_is_compiled():
+    counts, x = torch._dynamo.utils.counters["stats"], torch.randn(2, 3, 4, 4)
+    for dim in (8, 16, 24):
+        before = counts["unique_graphs"]
+        fast = optimize(ConvMixer(dim, 1, 3, 2, num_classes=2), x, "inductor", fixed_batch=True)
+        assert counts["unique_graphs"] == before + 2  # as it is, and folded
+    assert torch.equal(torch.compile(fast)(x), fast(x))
+
+
+@needs_inductor
 def test_threads_that_meet_a_new_size_at_once_compile_it_once(model, images):
     fast = optimize(model, images[:4], "inductor")
     counts = torch._dynamo.utils.counters["stats"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from PIL import Image
 
 import convmixer_timm
@@ -262,6 +263,7 @@ def test_what_is_no_image_is_said(model, images, message):
         list(predict(model, images))
     with pytest.raises(ValueError, match="topk and batch_size must be whole numbers, 1 or more, got 0 and 64"):
         list(predict(model, [], topk=0))
+    assert [len(next(predict(model, IMAGES / "cat/0000.png", topk))[1]) for topk in (True, np.int64(2))] == [1, 2]
     with pytest.raises(ValueError, match="whole numbers, 1 or more, got '3' and 64"):
         list(predict(model, [], topk="3"))
 
@@ -337,6 +339,44 @@ def test_a_name_is_no_model(tmp_path):
         load_model(NAME, "abacus")
     with pytest.raises(ValueError, match="enable must be True or False, got 'no'"):
         convmixer_timm.set_fast_training("no")
+
+
+@pytest.mark.parametrize(
+    "wrap, missing",
+    [
+        (nn.Sequential, "pretrained_cfg"),
+        (nn.DataParallel, "pretrained_cfg"),
+        (timm.utils.ModelEmaV3, "pretrained_cfg"),
+        (torch.optim.swa_utils.AveragedModel, "pretrained_cfg"),
+        (torch.jit.script, "pretrained_cfg"),
+        (lambda model: nn.Linear(3, 3), "pretrained_cfg"),
+        (lambda model: timm.create_model("convmixer_128_4", features_only=True), "num_classes"),
+    ],
+)
+def test_what_is_no_model_of_timms(wrap, missing, model, tmp_path):
+    wrapped = wrap(model)
+    for call in (
+        lambda: list(predict(wrapped, IMAGES)),
+        lambda: convmixer_timm.class_names(wrapped),
+        lambda: convmixer_timm.export(wrapped, tmp_path / "x.pt2", "torch-export"),
+    ):
+        with pytest.raises(ValueError, match=f"no classifier of timm's, it has no {missing}: give the model inside it"):
+            call()
+
+
+def test_models_of_other_channels():
+    def made(channels):
+        return timm.create_model(NAME, pretrained=True, in_chans=channels)
+
+    [(_, classes)] = predict(made(1), IMAGES / "cat/0000.png")
+    assert classes[0][0] == "cat"
+    with pytest.raises(ValueError, match=r"^images are read in 1 or 3 channels, and the model takes 4$"):
+        next(predict(made(4), IMAGES / "cat/0000.png"))
+
+
+def test_a_compiled_model_predicts(model):
+    compiled = torch.compile(model, backend="eager")
+    assert next(predict(compiled, IMAGES / "ship/0000.png"))[1][0][0] == "ship"
 
 
 def test_every_public_name_is_offered():

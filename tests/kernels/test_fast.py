@@ -119,6 +119,18 @@ def test_layouts_come_out_as_they_went_in(way, training):
         assert all(a == b for a, b, size in zip(p.grad.stride(), p.stride(), p.shape, strict=True) if size > 1)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_feature_maps_without_pooling_keep_the_layout(way, training):
+    model = small_model(global_pool="").train(training)
+    for classes in (0, 10):
+        model.reset_classifier(classes)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(4, 3, 16, 16).to(memory_format=memory_format)
+            assert model(x).is_contiguous(memory_format=memory_format)
+            features = model.forward_head(model.forward_features(x), pre_logits=True)
+            assert features.is_contiguous(memory_format=memory_format)
+
+
 @needs_compiler
 def test_fp32_outputs_and_gradients_are_timms():
     torch.manual_seed(0)
