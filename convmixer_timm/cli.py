@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .errors import DISK, one_line, os_reason, printable
+from .errors import DISK, RunError, one_line, os_reason, printable
 from .version import version
 
 DEFAULT_MODEL = "convmixer_256_8.e25_cifar10"
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
         package = (error.name or "").split(".")[0]
         return _fail(ValueError(f"this needs the package {package}: pip install {package}"))
     except (OSError, ValueError, RuntimeError) as error:
-        if args.started:  # a script's errors pass through as they are
+        if args.started and not isinstance(error, RunError):  # a script's errors pass through as they are
             raise
         if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

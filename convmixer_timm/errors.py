@@ -15,6 +15,7 @@ __all__ = [
     "NETWORK",
     "HubError",
     "HubTimeout",
+    "RunError",
     "check_hub_settings",
     "hub_reason",
     "hub_status",
@@ -44,6 +45,10 @@ _READING = {
     404: "nothing of that name is there: check the name and HF_ENDPOINT",
     429: "too many requests: wait some minutes",
 }
+
+
+class RunError(RuntimeError):
+    """What this package refuses while one of timm's scripts runs, whose own errors pass through."""
 
 
 class HubError(OSError):

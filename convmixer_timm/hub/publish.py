@@ -12,7 +12,15 @@ from typing import Any, TypeVar
 
 import timm
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download, utils
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_token,
+    hf_hub_download,
+    utils,
+)
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
@@ -28,7 +36,7 @@ from ..errors import (
 )
 from ..files import files_below, sha256
 from ..version import version
-from .cards import link_page, merge_cards
+from .cards import around_marks, link_page, merge_cards
 from .packing import pack
 from .sources import read_source
 from .space import build_space, is_page, is_untouched, merge_space_cards, space_url
@@ -38,6 +46,8 @@ __all__ = ["Publication", "publish"]
 
 TIMEOUT = 60.0
 _WAITS = (1, 4)  # seconds before the second and the third attempt
+# What a packed run has beside its weights, by its name there.
+_OF_A_RUN = {"args.yaml", "summary.csv", "curve.png", "depthwise_kernels.png", "patch_filters.png"}
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 
 T = TypeVar("T")
@@ -157,7 +167,10 @@ def _compare(model: Any, folder: Path) -> None:
     size = model.pretrained_cfg["input_size"]
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        if not torch.equal(model.eval()(images), copy(images)):
+        expected = model.eval()(images)
+        if not expected.isfinite().all():
+            raise ValueError("the model's outputs are no finite numbers: its training diverged; nothing was sent")
+        if not torch.equal(expected, copy(images)):
             raise ValueError("the packed model doesn't compute what its source does; nothing was sent")
 
 
@@ -223,8 +236,14 @@ def _send(
     if tagged and not (tagged == head and attempt(lambda: _holds(api, repo_id, head, folder))):
         raise HubError(f"{repo_id} has a tag {tag}, on other content: choose another --tag. It has no new commit.")
 
+    # What an earlier publication left of another run, which would stand beside these weights as theirs.
+    here = files_below(folder)
+    ours = old is not None and around_marks(old) is not None and not space
+    stale = sorted({file.rfilename for file in there.siblings or ()} & _OF_A_RUN - here.keys()) if ours else []
+
     def commit() -> Any:
-        operations = [CommitOperationAdd(name, path) for name, path in files_below(folder).items()]
+        operations: list[Any] = [CommitOperationAdd(name, path) for name, path in here.items()]
+        operations += [CommitOperationDelete(name) for name in stale]
         return api.create_commit(
             repo_id,
             operations,

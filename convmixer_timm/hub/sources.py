@@ -178,11 +178,20 @@ def read_run(
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is no train.py run that finished an epoch: it has no {name}")
     stored: dict[str, Any] = read_checkpoint(run / checkpoint)
-    state_dict, averaged = _weights(run / checkpoint, stored, ema)
     epoch = stored["epoch"] if isinstance(stored.get("epoch"), int) else None
+    newest = record
     if record:
         record = record.at(record.first_epoch if epoch is None else epoch)
     args = record.args if record else _arguments(run / "args.yaml")
+    holds_average = isinstance(stored.get("state_dict_ema"), dict)
+    if ema and not holds_average:
+        raise ValueError(f"{run} has no averaged weights")
+    # Those that it averages on another device train.py doesn't measure.
+    measures_average = holds_average and not args.get("model_ema_force_cpu")
+    averaged = measures_average if ema is None else ema
+    # Other scripts' output, avg_checkpoints' say, is the weights alone.
+    trained: Any = stored["state_dict_ema"] if averaged else stored.get("state_dict", stored)
+    state_dict, _ = to_timm_layout(trained)
     told = record.model if record else _described(run / "args.yaml", args)
     model = _model(run / checkpoint, told.architecture, told.args, state_dict)
     model.pretrained_cfg.update(told.preprocessing)
@@ -190,14 +199,16 @@ def read_run(
     if labels is None:
         labels = record.data.classes if record else _classes_of_data_set(args["dataset"])
     rows = _summary(run / "summary.csv")
-    row = next((row for row in rows if int(row["epoch"]) == epoch), {})
+    measured = averaged == measures_average
+    row = next((row for row in rows if int(row["epoch"]) == epoch and measured), {})
     epochs = 1 + int(rows[-1]["epoch"])
     if epoch is None:
         weights = f"those of {checkpoint}, which tells no epoch"
     else:
         weights = f"those of epoch {epoch + 1} of {epochs}" + ", averaged (EMA)" * averaged
     chosen = checkpoint.startswith("model_best")
-    best = chosen and _is_best(row, rows, args, record.first_epoch if record else 0)
+    alike = [other for other in rows if not (newest and record) or newest.at(int(other["epoch"])).alike(record)]
+    best = chosen and _is_best(row, alike, args)
     training = Training(
         args=args,
         epochs=epochs,
@@ -228,18 +239,10 @@ def read_run(
     )
 
 
-def _weights(file: Path, stored: dict[str, Any], ema: bool | None) -> tuple[StateDict, bool]:
-    """A checkpoint's weights by timm's names, and whether they are averaged."""
-    averaged = isinstance(stored.get("state_dict_ema"), dict) and ema is not False
-    if ema and not averaged:
-        raise ValueError(f"{file.parent} has no averaged weights")
-    # Other scripts' output, avg_checkpoints' say, is the weights alone.
-    wanted: Any = stored["state_dict_ema"] if averaged else stored.get("state_dict", stored)
-    return to_timm_layout(wanted)[0], averaged
-
-
 def _model(file: Path, name: str, args: dict[str, Any], state_dict: StateDict) -> Any:
     """A model of that name with these weights: its classes and channels are theirs."""
+    # What --split-bn has beside, for strongly augmented images, nothing uses after the training.
+    state_dict = {key: value for key, value in state_dict.items() if ".aux_bn." not in key}
     shape = Shape.of(state_dict)
     if "head.weight" not in state_dict or "head.bias" not in state_dict:
         raise ValueError(
@@ -289,7 +292,15 @@ def _start(args: dict[str, Any]) -> str:
             return Path(args[name]).name
     if args.get("resume") and args.get("start_epoch") == 0:
         return "/".join(Path(args["resume"]).parts[-2:])
+    if args["pretrained"] and (file := _overlay(args).get("file")):
+        return Path(file).name
     return _without_folders(args["model"]) if args["pretrained"] else ""
+
+
+def _overlay(args: dict[str, Any]) -> dict[str, Any]:
+    """What --model-kwargs say of the weights to start from."""
+    told = (args.get("model_kwargs") or {}).get("pretrained_cfg_overlay")
+    return told if isinstance(told, dict) else {}
 
 
 def _without_folders(model: str) -> str:
@@ -297,10 +308,10 @@ def _without_folders(model: str) -> str:
     return f"local-dir:{as_text(Path(location).resolve().name)}" if scheme == "local-dir" else model
 
 
-def _is_best(row: dict[str, str], rows: list[dict[str, str]], args: dict[str, Any], first_epoch: int) -> bool:
-    """Whether an epoch's row has the best figure of all since `first_epoch`."""
+def _is_best(row: dict[str, str], rows: list[dict[str, str]], args: dict[str, Any]) -> bool:
+    """Whether an epoch's row has the best figure of all."""
     metric = f"eval_{args.get('eval_metric') or 'top1'}"
-    figures = [float(other[metric]) for other in rows if int(other["epoch"]) >= first_epoch and other.get(metric)]
+    figures = [float(other[metric]) for other in rows if other.get(metric)]
     best = min if metric == "eval_loss" else max
     return bool(figures and row.get(metric)) and float(row[metric]) == best(figures)
 
@@ -316,6 +327,9 @@ def _summary(file: Path) -> list[dict[str, str]]:
 def _portable(args: dict[str, Any]) -> dict[str, Any]:
     """A run's arguments without the folders of the machine that it ran on, and as for a run from the start."""
     short = {k: as_text(Path(str(v)).name) if k in _PATHS and v else v for k, v in args.items()}
+    if file := _overlay(args).get("file"):
+        overlay = {**_overlay(args), "file": Path(file).name}
+        short["model_kwargs"] = {**args["model_kwargs"], "pretrained_cfg_overlay": overlay}
     return short | {"model": _without_folders(args["model"]), "resume": ""}
 
 
@@ -349,6 +363,8 @@ def _hub_data_set(name: str) -> str:
 def _hub_model(args: dict[str, Any]) -> str:
     """The model that a run began with as the Hub names it; empty for one that isn't there."""
     if not args["pretrained"] or args.get("initial_checkpoint") or args.get("pretrained_path"):
+        return ""
+    if {"file", "url", "state_dict"} & _overlay(args).keys():
         return ""
     scheme, location = split_name(args["model"])
     if scheme:

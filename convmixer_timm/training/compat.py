@@ -81,7 +81,7 @@ def mend_summary() -> None:
 
     Of a resumed run, older ``train.py`` writes the header once more and repeats an epoch that had its row but no
     checkpoint yet. A file that a full disk left empty is begun anew: it would end every later epoch before its
-    checkpoint is saved.
+    checkpoint is saved. Columns are those of all rows, as validation may have begun or ended meanwhile.
     """
     from timm import utils
 
@@ -92,19 +92,27 @@ def mend_summary() -> None:
     @functools.wraps(original)
     def update_summary(epoch, train_metrics, eval_metrics, filename, *args, **kwargs):
         path = Path(filename)
-        rows: list[list[str]] = []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                rows = list(csv.reader(file))
-        before = [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) < epoch]
+        rows = [row for row in _rows(path) if (row.get("epoch") or "").isdigit() and int(row["epoch"]) < epoch]
         with atomic_path(path) as temporary:
-            if before:
-                with temporary.open("w", newline="", encoding="utf-8") as file:
-                    csv.writer(file).writerows([rows[0], *before])
-            kwargs["write_header"] = not before
+            kwargs["write_header"] = True
             original(epoch, train_metrics, eval_metrics, str(temporary), *args, **kwargs)
+            if rows:
+                rows += _rows(temporary)
+                columns = dict.fromkeys(name for row in rows for name in row if name)
+                with temporary.open("w", newline="", encoding="utf-8") as file:
+                    writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+                    writer.writeheader()
+                    writer.writerows(rows)
 
     utils.update_summary = update_summary
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; none where there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return list(csv.DictReader(file))
 
 
 def keep_best(first_epoch: int, start: int) -> None:
@@ -113,7 +121,7 @@ def keep_best(first_epoch: int, start: int) -> None:
     ``train.py`` begins anew otherwise, and takes the first epoch after the interruption for the best.
 
     Args:
-        first_epoch: Of the settings that hold; what was measured under others counts no more.
+        first_epoch: Since which the validation is the same; what was measured otherwise counts no more.
         start: The epoch that comes next.
     """
     from timm.utils import CheckpointSaver
@@ -122,20 +130,26 @@ def keep_best(first_epoch: int, start: int) -> None:
     if hasattr(original, "__wrapped__"):
         return
 
+    def measured(file: Path) -> tuple[float, int] | None:
+        try:
+            told: dict[str, Any] = read_checkpoint(file)
+        except (OSError, ValueError):  # somebody's own, or damaged
+            return None
+        metric, epoch = told.get("metric"), told.get("epoch")
+        counts = isinstance(metric, int | float) and isinstance(epoch, int) and first_epoch <= epoch < start
+        return (metric, epoch) if counts else None  # type: ignore[return-value]
+
     @functools.wraps(original)
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         kept = []
         for file in Path(self.checkpoint_dir).glob(f"{self.save_prefix}-*{self.extension}"):
-            told: dict[str, Any] = read_checkpoint(file)
-            if first_epoch <= told["epoch"] < start and told.get("metric") is not None:
-                kept.append((told["metric"], told["epoch"], str(file)))
+            if (told := measured(file)) is not None:
+                kept.append((*told, str(file)))
         kept.sort(reverse=not self.decreasing)
         self.checkpoint_files = [(file, metric) for metric, _, file in kept]
         best = Path(self.checkpoint_dir, f"model_best{self.extension}")
-        if best.is_file():
-            told = read_checkpoint(best)
-            if first_epoch <= told["epoch"] < start and told.get("metric") is not None:
-                self.best_metric, self.best_epoch = told["metric"], told["epoch"]
+        if best.is_file() and (told := measured(best)) is not None:
+            self.best_metric, self.best_epoch = told
 
     CheckpointSaver.__init__ = init  # type: ignore[method-assign]

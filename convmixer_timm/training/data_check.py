@@ -17,7 +17,7 @@ from ..errors import one_line
 from ..files import as_text
 from ..images import known_extensions, load_image
 
-__all__ = ["Data", "Split", "check_evaluation_data", "check_training_data"]
+__all__ = ["Data", "Split", "check_evaluation_data", "check_training_data", "left_out"]
 
 _SAMPLE = 100  # images a split that are read
 _STATS = 100_000  # files a split whose sizes are asked for: on a network's disk each costs a round trip
@@ -110,6 +110,8 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
         reading.check_layout()
     if val_split:
         _compare_classes(train, readings["validation"])
+    for reading in readings.values():
+        reading.check_classes()
     if train.count == 1 and not train.mapped:
         raise ValueError(f"{train.where} has one class only: {_listed(train.classes or ['0'])}")
     _check_count(args, train)
@@ -128,6 +130,24 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
         val_split=val_split,
         num_classes=train.count,
     )
+
+
+def left_out(data: Data) -> list[str]:
+    """What lies among a set's images and is no image by its name: a line for each split that has such files."""
+    notes, endings = [], tuple(known_extensions())
+    for split in data.splits.values():
+        if os.path.isdir(split.where):
+            others = [
+                os.path.join(folder, name)
+                for folder, _, names in os.walk(split.where, followlinks=True)
+                for name in names
+                if not (name.startswith(".") or name.lower().endswith(endings))
+            ]
+            if others:
+                notes.append(
+                    f"{split.where}: {len(others):,} files are no images by their names, {as_text(others[0])} say"
+                )
+    return notes
 
 
 def check_evaluation_data(args: Namespace, classes: list[str] | None, recorded: bool = True) -> str:
@@ -212,6 +232,18 @@ class _Reading:
             if len(parts) != 2 and self.kind == "" and not self.mapped:
                 told = "in no class's folder" if len(parts) == 1 else "deeper than its class's folder"
                 raise ValueError(f"{path} is {told}: images are looked for in {self.where}/CLASS/IMAGE")
+
+    def check_classes(self) -> None:
+        """Raises ValueError for a class's folder without images, which makes no class."""
+        if not self.samples or self.kind or self.mapped:
+            return
+        with os.scandir(self.where) as entries:
+            folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+        if empty := sorted(folders - {self._parts(path)[0] for path, _ in self.samples}):
+            names = _listed([as_text(name) for name in empty])
+            raise ValueError(
+                f"{self.where} has no image, by its name's ending, of {names}: put some there or remove the folder"
+            )
 
     def digest(self) -> str:
         """Reads a sample of the images, and tells this data from other data."""

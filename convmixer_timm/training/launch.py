@@ -1,5 +1,6 @@
 """Settings of the process that trains, and the recipes that it trains with."""
 
+import json
 import os
 import sys
 from argparse import Namespace
@@ -14,8 +15,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from ..checkpoints import read_checkpoint
 from ..errors import NETWORK
 from .compat import keep_best
-from .data_check import check_evaluation_data, check_training_data
-from .record import FILE, Record, stored_config, write_when_it_starts
+from .data_check import check_evaluation_data, check_training_data, left_out
+from .record import FILE, Record, reserve, stored_config, write_when_it_starts
 from .scripts import check_config, find_script, import_modules, run_script, script_flags, script_options
 
 __all__ = [
@@ -30,6 +31,18 @@ __all__ = [
 
 RECIPES = Path(__file__).with_name("recipes")
 LAST = "last.pth.tar"
+# What a resumed optimizer brings along, whatever the arguments say.
+_OF_THE_OPTIMIZER = (
+    "lr", "lr_base", "lr_base_size", "lr_base_scale", "momentum", "opt", "opt_betas", "opt_eps", "weight_decay",
+    "layer_decay",
+)  # fmt: skip
+# What ``train.py`` takes as it comes, and looks at late: of some, after an epoch.
+_CHOICES = {
+    "eval_metric": ("loss", "top1", "top5"),
+    "amp_dtype": ("float16", "bfloat16"),
+    "train_interpolation": ("random", "bilinear", "bicubic"),
+}
+_PAIRS = ("scale", "ratio", "cutmix_minmax")
 
 
 def _given(args: list[str], name: str) -> str | None:
@@ -76,6 +89,10 @@ def train_arguments(recipe: str, args: list[str]) -> list[str]:
         ValueError: If there is no such recipe, or it is no YAML mapping.
     """
     path = _recipe_file(recipe)
+    if _given(args, "--config") or any(arg.startswith("-c") for arg in args):
+        raise ValueError(
+            "a recipe is a --config already: write what differs into a YAML of your own, and name that as the recipe"
+        )
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -144,6 +161,7 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     options = script_options(path, args)
     if options is None:
         return args
+    _check_values(options)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     data = check_training_data(options, processes)
     if data.val_split != options.val_split:
@@ -154,6 +172,8 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     options = script_options(path, args)
     assert options is not None
     record = Record.of(options, data, recipe, processes)
+    _check_channels(options, record)
+    _check_output(options)
     run = Path(options.output or "output/train") / options.experiment if options.experiment else None
     if run and not (run / LAST).exists():
         run = None  # there is none yet
@@ -170,6 +190,8 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
         before = Record.read(checkpoint.parent)
         if not resumed:
             _check_same_run(checkpoint.parent, record, before)
+        elif before:
+            _check_resumable(checkpoint, record, before.at(start - 1), options)
         record = record.going_on_from(before, start)
         if start >= epochs:
             done = f"{checkpoint.parent} is finished, {start} of {epochs} epochs."
@@ -183,10 +205,71 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
             _say(f"Resuming from {checkpoint}")
             args = [*args, "--resume", str(checkpoint)]
         if run:
-            keep_best(record.first_epoch, start)
+            if os.environ.get("RANK", "0") == "0":
+                reserve(run)
+            keep_best(record.alike_since(), start)
     _say(f"Data: {data}")
+    for note in left_out(data):
+        _say(note)
     write_when_it_starts(record)
     return args
+
+
+def _check_values(options: Namespace) -> None:
+    """Raises ValueError for what ``train.py``'s parser lets pass."""
+    for name, choices in _CHOICES.items():
+        if (value := getattr(options, name, None)) not in (None, "", *choices):
+            raise ValueError(f"--{name.replace('_', '-')} is one of {', '.join(choices)}, got {value}")
+    for name in _PAIRS:
+        if (pair := getattr(options, name, None)) is not None and len(pair) != 2:
+            raise ValueError(f"--{name.replace('_', '-')} takes two numbers, the least and the greatest, got {pair}")
+
+
+def _check_channels(options: Namespace, record: Record) -> None:
+    """Raises ValueError unless images have the model's channels, and a mean and a deviation for each."""
+    told = record.model.preprocessing
+    channels, size = told["input_size"][0], options.input_size
+    wanted = options.in_chans or channels
+    if channels != wanted:
+        height, width = told["input_size"][1:]
+        told_how = f"--input-size {wanted} {height} {width}"
+        raise ValueError(f"the model takes {wanted} channels and its images have {channels}: give {told_how}")
+    if size and not len(told["mean"]) == len(told["std"]) == channels:
+        numbers = " ".join(["0.5"] * channels)
+        raise ValueError(
+            f"images of {channels} channels need as many numbers in --mean and --std, {numbers} say; got "
+            f"{len(told['mean'])} and {len(told['std'])}"
+        )
+
+
+def _check_output(options: Namespace) -> None:
+    """Raises ValueError where no run's folder can be made."""
+    folder = Path(options.output or "output/train").resolve()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file: give another --output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{there} can't be written to: give another --output")
+
+
+def _check_resumable(checkpoint: Path, record: Record, before: Record, options: Namespace) -> None:
+    """Raises ValueError for a checkpoint of another model, and for arguments that its optimizer would win over."""
+    mine, theirs = (
+        f"{r.model.architecture} of {r.model.num_classes} classes and {r.model.preprocessing['input_size'][0]} channels"
+        for r in (record, before)
+    )
+    if mine != theirs:
+        raise ValueError(
+            f"{checkpoint} is of a {theirs}, and this is a {mine}: to start from its weights give --initial-checkpoint"
+        )
+    if not options.no_resume_opt:
+        args = [json.loads(json.dumps(r.args, default=str)) for r in (record, before)]
+        if ignored := [name for name in _OF_THE_OPTIMIZER if args[0].get(name) != args[1].get(name)]:
+            told = ", ".join(f"{name} ({args[1].get(name)!r})" for name in ignored)
+            raise ValueError(
+                f"{checkpoint} brings its optimizer's own {told}: add --no-resume-opt to have this command's, or leave "
+                "that as it was"
+            )
 
 
 def _check_same_run(run: Path, record: Record, before: Record | None) -> None:
@@ -231,8 +314,9 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
     run = checkpoint if checkpoint.is_dir() else checkpoint.parent
     record = Record.read(run) if options.checkpoint else None
     if record:
-        if record.before and checkpoint.is_file():
-            record = record.at(_epoch_of(checkpoint))
+        epoch = read_checkpoint(checkpoint).get("epoch") if record.before and checkpoint.is_file() else None
+        if isinstance(epoch, int):  # averaged weights, say, tell none
+            record = record.at(epoch)
         import_modules(record.args.get("device_modules"))
         added = told_by_record(record, script_flags(path))
         _say(f"From {run / FILE}: {' '.join(added)}")
@@ -286,6 +370,8 @@ def told_by_record(record: Record, flags: set[str]) -> list[str]:
         "--num-classes": record.model.num_classes,
     }
     out = []
+    if "--use-ema" in flags and record.validates_average:
+        out.append("--use-ema")
     for flag, value in args.items():
         values = list(value) if isinstance(value, (list, tuple)) else [value]
         if flag in flags and values:

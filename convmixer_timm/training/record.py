@@ -4,8 +4,10 @@ Everything later (going on, validating, publishing) takes names, sizes and setti
 the disk by then.
 """
 
+import contextlib
 import functools
 import json
+import os
 from argparse import Namespace
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,11 +18,16 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import load_model_config_from_hf
 
-from ..errors import NETWORK, HubError, hub_reason, one_line
+from ..errors import NETWORK, HubError, RunError, hub_reason, one_line, os_reason
 from ..files import atomic_path
 from .data_check import Data, Split
 
-__all__ = ["Model", "Record", "describe_model", "stored_config", "write_when_it_starts"]
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Model", "Record", "describe_model", "reserve", "stored_config", "write_when_it_starts"]
 
 FILE = "run.json"
 
@@ -31,6 +38,10 @@ _INCIDENTAL = set(
     start_epoch synchronize_step torchcompile torchcompile_mode use_multi_epochs_loader validation_batch_size
     wandb_project wandb_resume_id wandb_tags workers""".split()
 )
+
+
+# Arguments of `timm.create_model` that tell what weights to load, and not what the model is.
+_LOADING = {"cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
 
 
 @dataclass(frozen=True)
@@ -128,9 +139,33 @@ class Record:
 
     def going_on_from(self, before: "Record | None", epoch: int) -> "Record":
         """The same, gone on with on purpose with `epoch`, from a run of other settings or of unknown ones."""
-        if before and not self.differences(before):
-            return before
+        if before:
+            before = before.at(epoch)  # what came later is trained anew
+            if not self.differences(before):
+                return before
         return replace(self, first_epoch=epoch, before=before.at(epoch - 1) if before else None)
+
+    @property
+    def validates_average(self) -> bool:
+        """Whether ``train.py`` measures the averaged weights (EMA), and not those that it trains."""
+        return bool(self.args.get("model_ema")) and not self.args.get("model_ema_force_cpu")
+
+    def alike(self, other: "Record") -> bool:
+        """Whether both were validated on the same images by the same metric, so that their figures can be compared."""
+        told = []
+        for record in (self, other):
+            validation = record.data.splits.get("validation")
+            metric = record.args.get("eval_metric")
+            preprocessing = json.dumps(record.model.preprocessing, default=str)
+            told.append((validation and validation.digest, record.data.classes, metric, preprocessing))
+        return told[0] == told[1]
+
+    def alike_since(self) -> int:
+        """The epoch since which the run was validated alike."""
+        record = self
+        while record.before and record.alike(record.before):
+            record = record.before
+        return record.first_epoch
 
     def differences(self, other: "Record", places: bool = True) -> list[str]:
         """What another run did otherwise, each as 'NAME is OTHER'S there and OWN here'.
@@ -167,6 +202,7 @@ def describe_model(args: Namespace) -> Model:
     given = vars(args)
     input_size = given.get("input_size")
     kwargs = given.get("model_kwargs") or {}
+    norm = {name: given[name] for name in ("bn_momentum", "bn_eps") if given.get(name) is not None}
     try:
         stored = _stored_args(args.model)
         with torch.device("meta"):
@@ -175,7 +211,7 @@ def describe_model(args: Namespace) -> Model:
                 num_classes=given.get("num_classes"),
                 in_chans=given.get("in_chans") or (input_size[0] if input_size else None),
                 global_pool=given.get("gp"),
-                **kwargs,
+                **{**norm, **kwargs},
             )
     except NETWORK as error:
         if args.model.startswith("local-dir:"):
@@ -186,7 +222,7 @@ def describe_model(args: Namespace) -> Model:
     pooling = {"global_pool": given["gp"]} if given.get("gp") else {}
     return Model(
         architecture=model.pretrained_cfg["architecture"],
-        args={**stored, **pooling, **kwargs},
+        args={**stored, **pooling, **norm, **{k: v for k, v in kwargs.items() if k not in _LOADING}},
         preprocessing=resolve_data_config(given, model=model),
         num_classes=model.num_classes,
     )
@@ -215,16 +251,50 @@ def _stored_args(name: str) -> dict[str, Any]:
     return {key: value for key, value in args.items() if key not in ("num_classes", "in_chans")}
 
 
+_reserved: list[int] = []
+
+
+def reserve(folder: Path) -> None:
+    """Keeps other processes from training into a run's folder as long as this one lives.
+
+    Raises:
+        ValueError: If another process does.
+    """
+    if fcntl is None or _reserved:
+        return
+    with contextlib.suppress(OSError):  # a file system without locks
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(number)
+            raise ValueError(
+                f"another process is training into {folder}: wait for it, or give another --experiment"
+            ) from error
+        _reserved.append(number)  # open, and so locked, until the process ends
+
+
 def write_when_it_starts(record: Record) -> None:
-    """Lets ``train.py`` write the record into its output folder in the moment in which it makes that."""
+    """Lets ``train.py`` write the record into its output folder in the moment in which it makes that.
+
+    It raises `RunError` there if the folder can't be written to, or another process trains into it.
+    """
     from timm import utils
 
     original: Any = utils.get_outdir
 
     @functools.wraps(original)
     def get_outdir(*args, **kwargs):
-        folder = original(*args, **kwargs)
-        record.write(Path(folder))
-        return folder
+        try:
+            folder = Path(original(*args, **kwargs))
+            reserve(folder)
+            record.write(folder)
+        except OSError as error:
+            raise RunError(
+                f"{error.filename or 'the output folder'}: {os_reason(error)}: give another --output"
+            ) from error
+        except ValueError as error:
+            raise RunError(one_line(error)) from error
+        return str(folder)
 
     utils.get_outdir = get_outdir

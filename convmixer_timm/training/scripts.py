@@ -115,11 +115,20 @@ def check_config(path: Path, file: Path) -> None:
         option = options[name]
         if value is None and option.default is None:
             continue
-        switch, several = option.nargs == 0, option.nargs is not None
+        switch, several = option.nargs == 0, option.nargs not in (None, 0, "?")
         if switch:
             wanted, fits = "true or false", isinstance(value, bool)
         elif several:
-            wanted, fits = f"a list, [{value}]", isinstance(value, list | tuple | dict)
+            number = option.type in (int, float)
+            count = option.nargs if isinstance(option.nargs, int) else None
+            wanted = " ".join(["a list of", *[str(count)] * bool(count), "numbers" if number else "texts"])
+            fits = isinstance(value, dict) or (
+                isinstance(value, list | tuple)
+                and count in (None, len(value))
+                and not (number and any(isinstance(v, bool) or not isinstance(v, int | float) for v in value))
+            )
+        elif option.choices:
+            wanted, fits = f"one of {', '.join(map(str, option.choices))}", value in option.choices
         elif option.type is int:
             wanted, fits = "a whole number", isinstance(value, int | str) and not isinstance(value, bool)
         elif option.type is float:

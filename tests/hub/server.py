@@ -340,6 +340,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if not self.server.blob(value["oid"]).exists():
                     raise Answer(400, f"the object of {value['path']} was not uploaded")
                 files[value["path"]] = value["oid"]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         oid = stored.add(files, head)
         page = repo.replace(":", "/")
         answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{page}/commit/{oid}"}

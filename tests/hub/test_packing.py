@@ -116,17 +116,41 @@ def test_averaged_weights_and_the_best_epoch(run, tmp_path):
         assert ("averaged (EMA)" in (tmp_path / name / "README.md").read_text()) == (name == "ema")
 
 
+def test_averaged_weights_that_train_py_did_not_measure(tmp_path):
+    run = make_run(tmp_path / "run", num_classes=10, model_ema=True, model_ema_force_cpu=True)
+    last = torch.load(run / "last.pth.tar", weights_only=False)
+    torch.save({**last, "state_dict_ema": last["state_dict"]}, run / "last.pth.tar")
+    source = read_run(run)
+    assert source.evaluation is not None and "averaged" not in source.training.weights
+    source = read_run(run, ema=True)
+    assert source.evaluation is None and "averaged (EMA)" in source.training.weights
+
+
+def test_split_batchnorm_leaves_its_other_statistics(tmp_path):
+    run = make_run(tmp_path / "run", num_classes=10)
+    last = torch.load(run / "last.pth.tar", weights_only=False)
+    last["state_dict"]["stem.2.aux_bn.0.weight"] = torch.ones(128)
+    torch.save(last, run / "last.pth.tar")
+    assert "stem.2.aux_bn.0.weight" not in read_run(run).model.state_dict()
+
+
 @pytest.mark.parametrize(
     ("changes", "start"),
     [
         ({"model": "convmixer_128_4.e25_cifar10", "pretrained": True}, "convmixer_128_4.e25_cifar10"),
         ({"initial_checkpoint": "somewhere/mine.safetensors"}, "mine.safetensors"),
+        (
+            {"pretrained": True, "model_kwargs": {"pretrained_cfg_overlay": {"file": "/somewhere/own.pth"}}},
+            "own.pth",
+        ),
     ],
 )
 def test_card_says_what_the_run_started_from(tmp_path, changes, start):
     run = make_run(tmp_path / "run", **changes)
     pack_run(run, tmp_path / "convmixer_128_4.tuned", labels=[*"abcdefghij"])
-    assert f", from the weights of `{start}`." in (tmp_path / "convmixer_128_4.tuned" / "README.md").read_text()
+    packed = tmp_path / "convmixer_128_4.tuned"
+    assert f", from the weights of `{start}`." in (packed / "README.md").read_text()
+    assert not [file.name for file in packed.iterdir() if b"somewhere" in file.read_bytes()]
 
 
 def test_preprocessing_and_channels_travel(tmp_path):

@@ -196,6 +196,27 @@ def test_the_same_again_changes_nothing(server, client, run):
     assert server.repos["ann/same"].commits == commits
 
 
+def test_another_model_takes_nothing_of_the_last_run_along(server, client, run, tmp_path):
+    repo = "ann/replaced"
+    assert client("publish", run, "--repo-id", repo)[0] == 0
+    server.repos[repo].commits[server.repos[repo].branches["main"]]["notes.txt"] = server.store(b"mine")
+    weights = torch.load(run / "last.pth.tar", weights_only=False)["state_dict"]
+    torch.save(weights, tmp_path / "weights.pth")
+    arguments = ("publish", tmp_path / "weights.pth", "--model", "convmixer_128_4", "--repo-id", repo)
+    code, _, err = client(*arguments)
+    assert code == 0, err
+    left = set(server.files(repo))
+    assert "notes.txt" in left and not left & {"args.yaml", "summary.csv", "curve.png"}
+
+
+def test_a_diverged_model_is_named(client, run, tmp_path):
+    weights = torch.load(run / "last.pth.tar", weights_only=False)["state_dict"]
+    weights["head.bias"][0] = float("nan")
+    torch.save(weights, tmp_path / "weights.pth")
+    arguments = ("publish", tmp_path / "weights.pth", "--model", "convmixer_128_4", "--repo-id", "ann/nan", "--dry-run")
+    assert "its training diverged" in client.fails(*arguments)
+
+
 def test_hand_written_part_of_the_card_survives(server, client, run, tmp_path):
     assert client("publish", run, "--repo-id", "ann/card")[0] == 0
     repo = server.repos["ann/card"]

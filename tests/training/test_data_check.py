@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 from PIL import Image
 
-from convmixer_timm.training.data_check import _class_names, check_evaluation_data, check_training_data
+from convmixer_timm.training.data_check import _class_names, check_evaluation_data, check_training_data, left_out
 
 DEFAULTS = {
     "data": None,
@@ -128,6 +128,21 @@ def test_what_cannot_be_trained_on_is_named(harm, message, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         check(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_files_that_are_no_images_by_their_names(tmp_path):
+    make_data(tmp_path, ["ant", "bee", "fly"])
+    assert left_out(check(tmp_path)) == []
+    for split in ("train", "validation"):
+        (tmp_path / split / "ant" / "0.png").rename(tmp_path / split / "ant" / "0.xcf")
+    (tmp_path / "train" / "ant" / ".DS_Store").touch()
+    first, second = left_out(check(tmp_path))
+    assert "train: 1 files are no images by their names" in first and "0.xcf say" in first and "validation" in second
+    for split in ("train", "validation"):
+        for file in (tmp_path / split / "ant").glob("*.png"):
+            file.rename(file.with_suffix(".xcf"))
+    with pytest.raises(ValueError, match="train has no image, by its name's ending, of ant: put some there"):
+        check(tmp_path)
 
 
 def test_splits_that_hold_nothing(tmp_path):

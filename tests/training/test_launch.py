@@ -158,9 +158,24 @@ def test_a_summary_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         ("model:", "model has to be a text, and is empty"),
         ("epochs:", "epochs has to be a whole number, and is empty"),
         ("epochs: 1.5", "epochs has to be a whole number, and is 1.5"),
-        ("scale: 0.3", "scale has to be a list, [0.3], and is 0.3"),
+        ("scale: 0.3", "scale has to be a list of numbers, and is 0.3"),
+        ("scale: [0.3]", "--scale takes two numbers, the least and the greatest, got [0.3]"),
+        ("mean: [a, b, c]", "mean has to be a list of numbers, and is ['a', 'b', 'c']"),
+        ("input_size: [3, 32]", "input_size has to be a list of 3 numbers, and is [3, 32]"),
+        ("train_size_schedule: up", "train_size_schedule has to be one of constant, progressive, and is 'up'"),
+        ("eval_metric: acc", "--eval-metric is one of loss, top1, top5, got acc"),
+        ("amp_dtype: bf16", "--amp-dtype is one of float16, bfloat16, got bf16"),
+        (
+            "input_size: [1, 32, 32]\nmodel: convmixer_128_4\nbatch_size: 2",
+            "images of 1 channels need as many numbers in --mean and --std, 0.5 say; got 3 and 3",
+        ),
+        (
+            "in_chans: 1\nmodel: convmixer_128_4\nbatch_size: 2",
+            "the model takes 1 channels and its images have 3: give --input-size 1 28 28",
+        ),
+        ("bn_eps: 0.1\nmodel: convmixer_128_4\nbatch_size: 2", "unexpected keyword argument 'bn_eps'"),
         ("amp: 3", "amp has to be true or false, and is 3"),
-        ("device_modules: own", "device_modules has to be a list, [own], and is 'own'"),
+        ("device_modules: own", "device_modules has to be a list of texts, and is 'own'"),
         ("batch_size: 0", "a batch has 1 image or more, got 0"),
     ],
 )
@@ -172,7 +187,15 @@ def test_a_line_that_train_py_would_stumble_over_is_named(line, message, timm_sc
     assert message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("line", ["lr: 1e-3", "seed:", "model_kwargs: {depth: 2}", "mean: [0.5, 0.5, 0.5]"])
+@pytest.mark.parametrize("args", [["--config", "own.yaml"], ["-c", "own.yaml"], ["-cown.yaml"], ["--config=own.yaml"]])
+def test_a_recipe_and_a_config(args, capsys):
+    assert main(["train", "finetune", "--data-dir", "images", *args]) == 1
+    assert "a recipe is a --config already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ["lr: 1e-3", "seed:", "torchcompile: inductor", "model_kwargs: {depth: 2}", "mean: [0.5, 0.5, 0.5]"]
+)
 def test_a_line_that_train_py_takes(line, timm_scripts, tmp_path):
     (tmp_path / "own.yaml").write_text(f"{line}\n")
     if line == "seed:":

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import fcntl
 import json
 import os
 import shutil
@@ -190,17 +191,25 @@ def test_the_best_epoch_is_known_after_an_interruption(train, tmp_path):
         stored = torch.load(run / name, weights_only=False)
         (run / name).unlink()  # they are links to one file
         torch.save({**stored, "metric": 101.0}, run / name)
-    result = train("--epochs", "3", "--resume", str(run / "last.pth.tar"))
+    result = train("--epochs", "2", "--resume", str(run / "last.pth.tar"))
     assert result.returncode == 0, result.stderr
-    assert torch.load(run / "model_best.pth.tar", weights_only=False)["epoch"] == 1  # of other settings: --epochs
+    assert torch.load(run / "model_best.pth.tar", weights_only=False)["epoch"] == 0  # longer, and validated alike
+    # Validated by another metric, the figures can't be compared.
+    last = str(run / "last.pth.tar")
+    assert train("--epochs", "3", "--eval-metric", "loss", "--resume", last).returncode == 0
+    assert torch.load(run / "model_best.pth.tar", weights_only=False)["epoch"] == 2
     assert main(["publish", str(run), "--repo-id", "ann/x", "--dry-run"]) == 0
+    (run / "averaged.pth.tar").write_bytes(b"somebody's own")
+    shutil.copy(run / "averaged.pth.tar", run / "checkpoint-avg.pth.tar")
     stored = torch.load(run / "model_best.pth.tar", weights_only=False)
     for name in ("last.pth.tar", "model_best.pth.tar"):
         (run / name).unlink()
-        torch.save({**stored, "metric": 101.0}, run / name)
-    result = train("--epochs", "3")  # goes on with the last epoch of the same settings
-    assert result.returncode == 0 and "Resuming from" in result.stderr
-    assert torch.load(run / "model_best.pth.tar", weights_only=False)["epoch"] == 1
+        torch.save({**stored, "epoch": 1, "metric": 0.0}, run / name)
+    assert train("--epochs", "2", "--eval-metric", "loss", "--resume", last).returncode == 1  # nothing to train
+    record = Record.read(run)
+    assert record is not None and record.alike_since() == 2
+    result = train("--epochs", "3", "--eval-metric", "loss", "--resume", last)
+    assert result.returncode == 0, result.stderr
     assert torch.load(run / "last.pth.tar", weights_only=False)["epoch"] == 2
 
 
@@ -303,3 +312,73 @@ def test_records_are_replaced_on_purpose_only():
     third = make_record(epochs=12).going_on_from(second, 5)
     assert (third.first_epoch, third.before) == (5, first)
     assert make_record(epochs=9).going_on_from(first, 0).at(0).args["epochs"] == 9  # --start-epoch 0
+    # Back behind where it changed, its later epochs are trained anew.
+    back = make_record(epochs=9).going_on_from(second, 3)
+    assert (back.first_epoch, back.before) == (3, first)
+    assert make_record().going_on_from(second, 3) == first
+
+
+def test_figures_that_can_be_compared():
+    first = make_record()
+    second = make_record(epochs=9, lr=0.1).going_on_from(first, 3)
+    third = make_record(digest="2").going_on_from(second, 5)
+    assert (first.alike_since(), second.alike_since(), third.alike_since()) == (0, 0, 5)
+    for other in ({"eval_metric": "loss"}, {"crop_pct": 0.5}, {"classes": ("ant", "wasp")}):
+        assert not make_record(**other).alike(first)
+
+
+def test_a_run_has_one_process(train, tmp_path):
+    make_data(tmp_path / "a")
+    assert train().returncode == 0
+    run = tmp_path / "output/train/finetune"
+    before = snapshot(run)
+    held = os.open(run, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    longer = ("--epochs", "2", "--resume", str(run / "last.pth.tar"))
+    assert "another process is training into" in refused(train(*longer))
+    assert snapshot(run) == before
+    # One that has no checkpoint yet.
+    (run / "last.pth.tar").unlink()
+    assert "another process is training into" in refused(train())
+    os.close(held)
+    assert train().returncode == 0
+
+
+def test_what_a_checkpoint_brings_along(train, tmp_path):
+    make_data(tmp_path / "a")
+    assert train().returncode == 0
+    last = str(tmp_path / "output/train/finetune/last.pth.tar")
+    longer = ("--epochs", "2", "--resume", last)
+    assert "lr (0.001): add --no-resume-opt" in refused(train("--lr", "0.3", *longer))
+    line = refused(train("--model", "convmixer_128_8", *longer))
+    assert "is of a convmixer_128_4 of 2 classes and 3 channels" in line and "--initial-checkpoint" in line
+    assert train("--lr", "0.3", "--no-resume-opt", *longer).returncode == 0
+
+
+def test_where_nothing_can_be_written(train, tmp_path):
+    make_data(tmp_path / "a")
+    (tmp_path / "file").touch()
+    assert "file is a file: give another --output" in refused(train("--output", "file"))
+    assert "file is a file: give another --output" in refused(train("--output", "file/below"))
+
+
+def test_validation_that_begins_late(train, tmp_path, capsys):
+    """Each of the history's columns stays its own."""
+    make_data(tmp_path / "a")
+    assert train("--val-split", "").returncode == 0
+    run = tmp_path / "output/train/finetune"
+    assert train("--epochs", "2", "--resume", str(run / "last.pth.tar")).returncode == 0
+    first, second = summary(run)
+    assert not first["eval_top1"] and 0 <= float(second["eval_top1"]) <= 100
+    assert float(first["lr"]) < 0.01 and float(second["lr"]) < 0.01
+    assert main(["publish", str(run / "last.pth.tar"), "--repo-id", "ann/x", "--dry-run"]) == 0
+    assert f"| {float(second['eval_top1']):.2f} |" in capsys.readouterr().out
+
+
+def test_averaged_weights_are_measured_as_they_were(train, timm_scripts, tmp_path):
+    make_data(tmp_path / "a")
+    assert train("--model-ema", "--model-ema-decay", "1.0").returncode == 0
+    record = Record.read(tmp_path / "output/train/finetune")
+    assert record is not None and "--use-ema" in told_by_record(record, {"--use-ema", "--model"})
+    forced = make_record(model_ema=True, model_ema_force_cpu=True)
+    assert "--use-ema" not in told_by_record(forced, {"--use-ema"})
