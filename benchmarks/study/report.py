@@ -63,7 +63,10 @@ def mean(rows: list[dict], key: str) -> float:
 
 
 def table(runs: dict[str, str], rows: dict[str, list[dict]]) -> str:
-    """One question's table; accuracies are means over seeds, with their standard deviation where there are several."""
+    """One question's table; accuracies are means over seeds, with their standard deviation where there are several.
+
+    Images a second are the first seed's, as later ones may have run on another machine.
+    """
     lines = [
         "| run | parameters | multiply-adds | epochs | learning rate | images/s | held out | test (seeds) |",
         "|---|---|---|---|---|---|---|---|",
@@ -79,7 +82,7 @@ def table(runs: dict[str, str], rows: dict[str, list[dict]]) -> str:
             f"{float(own[0]['multiply_adds_M']):.1f} M",
             own[0]["epochs"],
             own[0]["lr"],
-            f"{mean(own, 'images_per_second'):.0f}",
+            own[0]["images_per_second"],
             f"{mean(own, 'held_out_top1'):.2f}",
             f"{mean(own, 'test_top1'):.2f}{spread} ({len(test)})",
         ]
