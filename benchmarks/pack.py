@@ -30,6 +30,7 @@ if __name__ == "__main__":
     parser.add_argument("--hours", type=float, required=True)
     parser.add_argument("--dataset", help="as the Hub names it, OWNER/NAME")
     parser.add_argument("--labels", type=Path, help="names of the classes, one a line; else the run's own")
+    parser.add_argument("--input-size", type=int, nargs=3, metavar="N", help="of the results, if not the training's")
     parser.add_argument("--again", help="how to repeat a run that was resumed with other settings, as Markdown")
     args = parser.parse_args()
     with args.results.open(encoding="utf-8") as file:
@@ -37,6 +38,8 @@ if __name__ == "__main__":
     labels = read_labels(args.labels) if args.labels else None
     source = read_run(args.run, labels=labels, checkpoint="last.pth.tar", ema=args.ema)
     assert source.training is not None
+    if args.input_size:
+        source.model.pretrained_cfg["input_size"] = tuple(args.input_size)
     training = replace(
         source.training,
         data=args.train_data,

@@ -6,6 +6,7 @@ Module names, and so `state_dict` keys, are those of timm's own ConvMixer: each 
 Importing this module registers the variants with timm, three of them in place of timm's.
 """
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -359,6 +360,12 @@ def _cifar10_cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
     )
 
 
+def _bundled(name: str) -> dict[str, Any]:
+    """The weights' file of a bundled checkpoint, and its classes' names, which stand beside it."""
+    config = json.loads((WEIGHTS_DIR / name / "config.json").read_text(encoding="utf-8"))
+    return {"file": str(WEIGHTS_DIR / name / "model.safetensors"), "label_names": tuple(config["label_names"])}
+
+
 # Trained on crops of 28 of the 32 pixels that are never resized, and classifies the middle 28.
 _MIDDLE: dict[str, Any] = {"input_size": (3, 28, 28), "crop_pct": 0.875}
 
@@ -369,7 +376,12 @@ default_cfgs = generate_default_cfgs(
         "convmixer_1024_20_ks9_p14.in1k": _cfg(hf_hub_id="timm/"),
         "convmixer_256_8.e25_cifar10": _cifar10_cfg(file="convmixer_256_8.e25_cifar10", **_MIDDLE),
         "convmixer_256_8_ks7_p2": _cifar10_cfg(),
-        "convmixer_256_8_ks7_p4": _cfg(num_classes=200, input_size=(3, 64, 64), crop_pct=1.0),
+        "convmixer_256_8_ks7_p4.e10_tiny_imagenet": _cfg(
+            num_classes=200,
+            input_size=(3, 56, 56),
+            crop_pct=1.0,
+            **_bundled("convmixer_256_8_ks7_p4.e10_tiny_imagenet"),
+        ),
         "convmixer_256_8_ks9_p1": _cifar10_cfg(),
         "convmixer_256_16_ks9_p1": _cifar10_cfg(),
         "convmixer_128_8.e25_cifar10": _cifar10_cfg(file="convmixer_128_8.e25_cifar10", **_MIDDLE),
