@@ -127,7 +127,8 @@ def test_arguments_of_other_scripts():
 def train(timm_scripts, tmp_path):
     def run(*args, data="a", recipe="finetune"):
         command = [sys.executable, "-m", "convmixer_timm", "train", recipe, "--data-dir", data]
-        command += "--epochs 1 --warmup-epochs 0 --input-size 3 8 8 -b 2 -j 0 --device cpu".split()
+        command += "--model convmixer_128_4.e25_cifar10 --epochs 1 --warmup-epochs 0 --input-size 3 8 8".split()
+        command += "-b 2 -j 0 --device cpu".split()
         env = {**os.environ, "TIMM_SCRIPTS": str(timm_scripts), "OMP_NUM_THREADS": "1"}
         return subprocess.run([*command, *args], cwd=tmp_path, env=env, capture_output=True, text=True)
 
