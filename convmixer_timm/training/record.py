@@ -272,6 +272,8 @@ def reserve(folder: Path) -> None:
                 f"another process is training into {folder}: wait for it, or give another --experiment"
             ) from error
         _reserved.append(number)  # open, and so locked, until the process ends
+        # Workers that outlive it for a moment would keep the lock.
+        os.register_at_fork(after_in_child=functools.partial(os.close, number))
 
 
 def write_when_it_starts(record: Record) -> None:
