@@ -79,13 +79,11 @@ def conditions(model: torch.nn.Module) -> Iterator[tuple[str, float | str, Calla
 
 
 @torch.inference_mode()
-@torch.autocast("cpu", torch.bfloat16)  # as run.py measures too
 def top1(model: torch.nn.Module, images: list[tuple[Image.Image, int]], transform: Callable, batch: int = 250) -> float:
     correct = 0
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
-        pixels = torch.stack([transform(image) for image, _ in part])
-        logits = model(pixels.contiguous(memory_format=torch.channels_last))
+        logits = model(torch.stack([transform(image) for image, _ in part]))
         correct += int((logits.argmax(1) == torch.tensor([target for _, target in part])).sum())
     return 100 * correct / len(images)
 
@@ -102,7 +100,7 @@ if __name__ == "__main__":
     images = [folder[i] for i in range(0, len(folder), step)]
     rows = []
     for name in args.models:
-        model = timm.create_model(name, pretrained=True).eval().to(memory_format=torch.channels_last)
+        model = timm.create_model(name, pretrained=True).eval()
         for corruption, degree, transform in conditions(model):
             row = {"model": name, "corruption": corruption, "degree": degree, "images": len(images)}
             rows.append({**row, "top1": round(top1(model, images, transform), 2)})
