@@ -19,7 +19,7 @@ TABLE = {
     "convmixer_1024_20_ks9_p14": (1024, 20, 9, 14, nn.GELU, 224, 1000),
     "convmixer_256_8": (256, 8, 5, 2, nn.GELU, 28, 10),
     "convmixer_256_8_ks7_p2": (256, 8, 7, 2, nn.GELU, 32, 10),
-    "convmixer_256_8_ks7_p4": (256, 8, 7, 4, nn.GELU, 64, 200),
+    "convmixer_256_8_ks7_p4": (256, 8, 7, 4, nn.GELU, 56, 200),
     "convmixer_256_8_ks9_p1": (256, 8, 9, 1, nn.GELU, 32, 10),
     "convmixer_256_16_ks9_p1": (256, 16, 9, 1, nn.GELU, 32, 10),
     "convmixer_128_8": (128, 8, 5, 2, nn.GELU, 28, 10),
