@@ -344,9 +344,13 @@ WEIGHTS_DIR = next(
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
+def _weights_file(name: str) -> str:
+    return str(WEIGHTS_DIR / name / "model.safetensors")
+
+
 def _cifar10_cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
     if file:
-        kwargs["file"] = str(WEIGHTS_DIR / file / "model.safetensors")
+        kwargs["file"] = _weights_file(file)
     return _cfg(
         **{
             "num_classes": 10,
@@ -363,7 +367,7 @@ def _cifar10_cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
 def _bundled(name: str) -> dict[str, Any]:
     """The weights' file of a bundled checkpoint, and its classes' names, which stand beside it."""
     config = json.loads((WEIGHTS_DIR / name / "config.json").read_text(encoding="utf-8"))
-    return {"file": str(WEIGHTS_DIR / name / "model.safetensors"), "label_names": tuple(config["label_names"])}
+    return {"file": _weights_file(name), "label_names": tuple(config["label_names"])}
 
 
 # Trained on crops of 28 of the 32 pixels that are never resized, and classifies the middle 28.

@@ -15,6 +15,7 @@ __all__ = [
     "adopt_card",
     "around_marks",
     "compose_card",
+    "is_marked",
     "link_page",
     "listed",
     "make_card",
@@ -234,6 +235,11 @@ def link_page(card: str, address: str) -> str:
 def compose_card(data: CardData, text: str) -> str:
     """A card of metadata and text, as a file."""
     return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def is_marked(card: str | None) -> bool:
+    """Whether a card is one that an earlier publish wrote."""
+    return card is not None and around_marks(card) is not None
 
 
 def around_marks(text: str) -> tuple[str, str] | None:

@@ -36,10 +36,10 @@ from ..errors import (
 )
 from ..files import files_below, sha256
 from ..version import version
-from .cards import around_marks, link_page, merge_cards
+from .cards import is_marked, link_page, merge_cards
 from .packing import pack
 from .sources import read_source
-from .space import build_space, is_page, is_untouched, merge_space_cards, space_url
+from .space import build_space, is_untouched, merge_space_cards, space_url
 from .waiting import limit_waiting
 
 __all__ = ["Publication", "publish"]
@@ -220,7 +220,7 @@ def _send(
     card = folder / "README.md"
     try:
         old = attempt(lambda: _read(repo_id, "README.md", head, repo_type))
-        if space and not is_page(old):
+        if space and not is_marked(old):
             index = attempt(lambda: _read(repo_id, "index.html", head, repo_type))
             if not is_untouched([file.rfilename for file in there.siblings or ()], index):
                 raise ValueError("there is a Space of that name already, and it is no such page: rename it first")
@@ -238,8 +238,8 @@ def _send(
 
     # What an earlier publication left of another run, which would stand beside these weights as theirs.
     here = files_below(folder)
-    ours = old is not None and around_marks(old) is not None and not space
-    stale = sorted({file.rfilename for file in there.siblings or ()} & _OF_A_RUN - here.keys()) if ours else []
+    replaced = {file.rfilename for file in there.siblings or ()} if is_marked(old) and not space else set()
+    stale = sorted(replaced & _OF_A_RUN - here.keys())
 
     def commit() -> Any:
         operations: list[Any] = [CommitOperationAdd(name, path) for name, path in here.items()]

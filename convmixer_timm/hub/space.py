@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, SpaceCard, SpaceCardData, constants
 from ..web.page import page
 from .cards import BEGIN, END, around_marks, compose_card, listed, put_between, read_card
 
-__all__ = ["build_space", "is_page", "is_untouched", "merge_space_cards", "space_url"]
+__all__ = ["build_space", "is_untouched", "merge_space_cards", "space_url"]
 
 # What the Hub puts into a static Space that is new: these files, and this sentence into its page.
 _TEMPLATE = {".gitattributes", "README.md", "index.html", "style.css"}
@@ -50,11 +50,6 @@ def build_space(model_folder: Path, folder: Path, repo_id: str) -> None:
         f"# {folder.name}\n\n[{repo_id}]({address}), in the visitor's browser. Made by `convmixer-timm publish --page`."
     )
     (folder / "README.md").write_text(compose_card(data, f"{BEGIN}\n\n{text}\n\n{END}"), encoding="utf-8")
-
-
-def is_page(card: str | None) -> bool:
-    """Whether a Space with that ``README.md`` holds an earlier page."""
-    return card is not None and around_marks(card) is not None
 
 
 def is_untouched(files: Iterable[str], index: str | None) -> bool:

@@ -1,6 +1,5 @@
 """Settings of the process that trains, and the recipes that it trains with."""
 
-import json
 import os
 import sys
 from argparse import Namespace
@@ -205,11 +204,11 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
             _say(f"Resuming from {checkpoint}")
             args = [*args, "--resume", str(checkpoint)]
         if run:
-            if os.environ.get("RANK", "0") == "0":
+            if _is_first():
                 reserve(run)
             keep_best(record.alike_since(), start)
     _say(f"Data: {data}")
-    for note in left_out(data):
+    for note in left_out(data) if _is_first() else ():
         _say(note)
     write_when_it_starts(record)
     return args
@@ -263,9 +262,8 @@ def _check_resumable(checkpoint: Path, record: Record, before: Record, options: 
             f"{checkpoint} is of a {theirs}, and this is a {mine}: to start from its weights give --initial-checkpoint"
         )
     if not options.no_resume_opt:
-        args = [json.loads(json.dumps(r.args, default=str)) for r in (record, before)]
-        if ignored := [name for name in _OF_THE_OPTIMIZER if args[0].get(name) != args[1].get(name)]:
-            told = ", ".join(f"{name} ({args[1].get(name)!r})" for name in ignored)
+        other = record.other_arguments(before)
+        if told := ", ".join(f"{name} ({other[name][0]!r})" for name in _OF_THE_OPTIMIZER if name in other):
             raise ValueError(
                 f"{checkpoint} brings its optimizer's own {told}: add --no-resume-opt to have this command's, or leave "
                 "that as it was"
@@ -379,7 +377,12 @@ def told_by_record(record: Record, flags: set[str]) -> list[str]:
     return out
 
 
+def _is_first() -> bool:
+    """Whether this is the first of the processes that train together, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say(text: str) -> None:
     """On stderr, once where several processes train."""
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         print(text, file=sys.stderr, flush=True)

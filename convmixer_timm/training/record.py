@@ -167,6 +167,13 @@ class Record:
             record = record.before
         return record.first_epoch
 
+    def other_arguments(self, other: "Record") -> dict[str, tuple[Any, Any]]:
+        """What another run was given otherwise: by name, the value there and the one here."""
+        # JSON knows neither tuples nor the types that YAML makes.
+        mine, theirs = (json.loads(json.dumps(record.args, default=str)) for record in (self, other))
+        names = sorted(mine.keys() | theirs.keys())
+        return {n: (theirs.get(n), mine.get(n)) for n in names if theirs.get(n) != mine.get(n)}
+
     def differences(self, other: "Record", places: bool = True) -> list[str]:
         """What another run did otherwise, each as 'NAME is OTHER'S there and OWN here'.
 
@@ -174,16 +181,13 @@ class Record:
             other: The other run's record.
             places: Say where on this machine the data are.
         """
-        # JSON knows neither tuples nor the types that YAML makes.
-        mine, theirs = (json.loads(json.dumps(asdict(record), default=str)) for record in (self, other))
         out = []
-        digests = [{name: s["digest"] for name, s in told["data"]["splits"].items()} for told in (mine, theirs)]
+        digests = [{name: s.digest for name, s in record.data.splits.items()} for record in (self, other)]
         if digests[0] != digests[1] or self.data.classes != other.data.classes:
             there, here = (str(record.data) if places else record.data.described() for record in (other, self))
             out.append(f"its data is ({there}) there and ({here}) here")
-        for name in sorted(mine["args"].keys() | theirs["args"].keys()):
-            there, here = theirs["args"].get(name), mine["args"].get(name)
-            if name not in _INCIDENTAL and there != here:
+        for name, (there, here) in self.other_arguments(other).items():
+            if name not in _INCIDENTAL:
                 out.append(f"{name} is {there!r} there and {here!r} here")
         if self.processes != other.processes:
             out.append(f"it has {other.processes} processes there and {self.processes} here")
