@@ -44,7 +44,7 @@ if __name__ == "__main__":
         source.training,
         data=args.train_data,
         dataset=args.dataset or source.training.dataset,
-        cost=f", {args.hours:.1f} hours on {args.machine}",
+        cost=f", {args.hours:.1f} hours on {args.machine}" if args.hours >= 1 else f", {args.hours * 60:.1f} minutes on {args.machine}",
         again=args.again or source.training.again,
         resumed="" if args.again else source.training.resumed,
     )

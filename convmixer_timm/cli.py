@@ -10,7 +10,7 @@ from pathlib import Path
 from .errors import DISK, RunError, one_line, os_reason, printable
 from .version import version
 
-DEFAULT_MODEL = "convmixer_256_8.e25_cifar10"
+DEFAULT_MODEL = "convmixer_256_8.e100_cifar10"
 
 
 def _positive(text: str) -> int:

@@ -130,7 +130,7 @@ def record(names: Iterable[str]) -> None:
     manifest = _manifest()
     for name in names:
         file = WEIGHTS_DIR / name / "model.safetensors"
-        model = timm.create_model(name.split(".")[0])
+        model = timm.create_model(name)
         model.load_state_dict(checkpoint_filter_fn(read_checkpoint(file), model))
         logits = [[round(v, 4) for v in row] for row in _logits(model)]
         manifest[name] = {"sha256": sha256(file), "logits": logits}
