@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_train.py DATA e25 e100 --output output/gpu
 
-DATA has train/CLASS/IMAGE and validation/CLASS/IMAGE, as ``cifar_folders.py`` writes them; ``gpu_recipes.yaml`` has the
-settings of each name. Reading, cropping and mixing images takes ``train.py`` longer than a GPU needs for a small model's
+DATA has train/CLASS/IMAGE and validation/CLASS/IMAGE, as ``cifar_folders.py`` writes them; ``gpu_recipes.yaml`` has
+each name's settings. Reading, cropping and mixing images takes ``train.py`` longer than a GPU needs for a small model's
 step; here a step, with all of that and the optimizer's, is one CUDA graph. A run's folder is as ``train.py`` leaves it:
 args.yaml, summary.csv, last.pth.tar.
 """
@@ -130,7 +130,7 @@ class Optimizer:
 
 def forward(model: torch.nn.Module, images: Tensor) -> Tensor:
     """The model's logits by the package's GPU kernels."""
-    from convmixer_timm.kernels import gpu
+    from convmixer_timm.kernels import triton_kernels as gpu
 
     conv, _, norm = model.stem
     x = gpu.channel_mixing(F.pixel_unshuffle(images, conv.stride[0]), conv, norm)

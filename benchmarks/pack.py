@@ -40,11 +40,12 @@ if __name__ == "__main__":
     assert source.training is not None
     if args.input_size:
         source.model.pretrained_cfg["input_size"] = tuple(args.input_size)
+    time = f"{args.hours:.1f} hours" if args.hours >= 1 else f"{args.hours * 60:.1f} minutes"
     training = replace(
         source.training,
         data=args.train_data,
         dataset=args.dataset or source.training.dataset,
-        cost=f", {args.hours:.1f} hours on {args.machine}" if args.hours >= 1 else f", {args.hours * 60:.1f} minutes on {args.machine}",
+        cost=f", {time} on {args.machine}",
         again=args.again or source.training.again,
         resumed="" if args.again else source.training.resumed,
     )

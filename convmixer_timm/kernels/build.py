@@ -30,25 +30,31 @@ _FLAGS = (
 ).split()
 _SUM = hashlib.sha256().digest_size  # a library ends with its own checksum, which the loader doesn't look at
 _enabled = os.environ.get("CONVMIXER_TIMM_FAST", "1") != "0"
+_gpu_enabled = os.environ.get("CONVMIXER_TIMM_FAST") == "gpu"
 
 
-def set_fast_training(enable: bool = True) -> None:
+def set_fast_training(enable: bool = True, gpu: bool = False) -> None:
     """Turn what makes a model fast on CPUs on or off: its kernels, its channels-last layout, and what glibc is told.
 
-    ``CONVMIXER_TIMM_FAST=0`` in the environment turns it off from the start.
+    ``CONVMIXER_TIMM_FAST=0`` in the environment turns it off from the start; ``gpu`` there turns both on.
+
+    Args:
+        enable: On or off.
+        gpu: Take Triton kernels on NVIDIA GPUs as well, for training under autocast. They were measured on one GPU.
 
     Raises:
-        ValueError: If `enable` is neither True nor False.
+        ValueError: If one of them is neither True nor False.
     """
-    global _enabled
-    if not isinstance(enable, bool):
-        raise ValueError(f"enable must be True or False, got {enable!r}")
-    _enabled = enable
+    global _enabled, _gpu_enabled
+    for name, value in (("enable", enable), ("gpu", gpu)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+    _enabled, _gpu_enabled = enable, enable and gpu
 
 
-def enabled() -> bool:
-    """Whether a model may be made fast."""
-    return _enabled
+def enabled(gpu: bool = False) -> bool:
+    """Whether a model may be made fast: on CPUs, or on GPUs."""
+    return _gpu_enabled if gpu else _enabled
 
 
 def transformed() -> bool:

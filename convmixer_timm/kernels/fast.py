@@ -2,7 +2,8 @@
 
 Each class here goes in front of a layer of the architecture, whose `forward` says what is computed. Called on a CPU,
 the layer computes the same by the kernels of this folder, or at least in channels-last, where PyTorch's CPU operations
-are faster. Otherwise, or where somebody looks on (a tracer, a hook, a tensor subclass), its `forward` runs.
+are faster; on a GPU, by the Triton kernels, if the user asked for them. Otherwise, or where somebody looks on (a
+tracer, a hook, a tensor subclass), its `forward` runs.
 """
 
 from typing import TypeGuard
@@ -14,7 +15,7 @@ from timm.layers import get_act_layer
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import build, memory, operators
+from . import build, gpu, memory, operators
 from .act_norm import act_norm
 from .depthwise import depthwise_conv2d
 from .spatial_mixing import spatial_mixing
@@ -27,13 +28,15 @@ _GELUS = (nn.GELU, get_act_layer("gelu"))
 
 class _Layer(nn.Module):
     def __call__(self, x: Tensor) -> Tensor:
-        if _runs_here(x) and untouched(self):
+        if not _runs_here(x) or not untouched(self):
+            return super().__call__(x)
+        if not gpu.is_gpu(x):
             memory.keep_freed()
-            return self._fast(x.contiguous(memory_format=torch.channels_last))
-        return super().__call__(x)
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self._fast(x)
 
     def _fast(self, x: Tensor) -> Tensor:
-        """The layer of `x`, [N, C, H, W] in channels-last."""
+        """The layer of `x`, [N, C, H, W], on a CPU in channels-last."""
         raise NotImplementedError
 
 
@@ -76,7 +79,8 @@ class GlobalPool(_Layer):
         return super().__call__(x) if self.pool_type else nn.Module.__call__(self, x)
 
     def _fast(self, x):
-        if self.pool_type == "avg" and isinstance(self.flatten, nn.Flatten) and untouched(self.pool):
+        average = self.pool_type == "avg" and isinstance(self.flatten, nn.Flatten) and untouched(self.pool)
+        if average and not gpu.is_gpu(x):
             return F.avg_pool2d(F.avg_pool2d(x, (1, x.shape[3])), (x.shape[2], 1)).flatten(1)
         return self.forward(x)
 
@@ -97,12 +101,15 @@ def _plain(t: Tensor) -> bool:
 
 
 def _runs_here(x: Tensor) -> bool:
-    """Whether code that runs now, or is compiled, rather than is traced or transformed, works on a CPU with `x`."""
+    """Whether code that runs now, or is compiled, rather than is traced or transformed, works on a CPU with `x`, or on
+    a GPU whose kernels are wanted."""
     if not build.enabled() or not _plain(x) or torch.jit.is_tracing():
         return False
     if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled()):
         return False  # an exported program is for anywhere; inference is left to the compiler
-    return x.device.type == "cpu" and x.dim() == 4 and x.numel() > 0 and not build.transformed()
+    if x.dim() != 4 or x.numel() == 0 or build.transformed():
+        return False
+    return gpu.takes(x) if gpu.is_gpu(x) else x.device.type == "cpu"
 
 
 def untouched(*modules: nn.Module) -> bool:
@@ -121,7 +128,11 @@ def untouched(*modules: nn.Module) -> bool:
 
 def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, residual: bool = False) -> Tensor:
     """``norm(act(conv(x)))``, plus `x` for a residual."""
-    if not _fuses(norm, act):
+    if gpu.is_gpu(x):
+        if (y := _on_gpu(x, conv, act, norm, residual)) is not None:
+            return y
+        z = conv(x)
+    elif not _fuses(norm, act) or not build.available():
         z = _convolution(x, conv)
     elif _mixes(conv, x):
         assert conv.bias is not None  # `_mixes`
@@ -145,6 +156,29 @@ def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, 
     z = act(z)  # each result frees the one before
     z = norm(z)
     return z + x if residual else z
+
+
+def _on_gpu(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, residual: bool) -> Tensor | None:
+    """The same by a GPU's kernels; None where they don't do it."""
+    if not _fuses(norm, act) or not _is_gelu(act) or type(conv) is not nn.Conv2d or conv.bias is None:
+        return None
+    if not conv.weight.dtype == norm.weight.dtype == torch.float32 or not _plain(conv.weight) or not untouched(conv):
+        return None
+    if _is_depthwise(conv) and conv.kernel_size[0] % 2 and x.numel() > x.shape[1]:
+        return gpu.spatial_mixing(x, conv, norm, residual)
+    height, width = (side // stride for side, stride in zip(x.shape[2:], conv.stride, strict=True))
+    if _embeds_patches(conv) and not residual and len(x) * height * width > 1:
+        return gpu.channel_mixing(x, conv, norm)
+    return None
+
+
+def _embeds_patches(conv: nn.Conv2d) -> bool:
+    """Whether the patches that it looks at are squares side by side, single positions say."""
+    return (
+        conv.kernel_size == conv.stride == (conv.stride[0],) * 2
+        and (conv.padding, conv.dilation, conv.groups) == ((0, 0), (1, 1), 1)
+        and conv.padding_mode == "zeros"
+    )
 
 
 def _convolution(x: Tensor, conv: nn.Module) -> Tensor:
@@ -184,7 +218,6 @@ def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
         and _plain(norm.weight)
         and (type(act) is nn.ReLU or (type(act) in _GELUS and getattr(act, "approximate", "none") == "none"))
         and untouched(act, norm)
-        and build.available()
     )
 
 

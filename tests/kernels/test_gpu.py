@@ -1,0 +1,215 @@
+"""The Triton kernels, in Triton's interpreter on a CPU (in fp32 and fp16: it can't do bf16), and where the layers take
+them. What they were measured at on a GPU is in benchmarks/README.md; here is no GPU.
+"""
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from convmixer_timm import ConvMixer, set_fast_training
+from convmixer_timm.kernels import build, fast, gpu
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def test_in_the_interpreter():
+    """Runs the others of this file in a process where Triton interprets: it decides so when it is imported."""
+    if INTERPRETED:
+        pytest.skip("this is that process")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", __file__], env=environment, capture_output=True)
+    assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()
+    assert b" passed" in result.stdout
+
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The module, with one setting instead of a choice by time, and tiles that fit small maps."""
+    from convmixer_timm.kernels import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "_ROWS", 32)
+    monkeypatch.setattr(triton_kernels, "_TILE", 256)
+    for function in (triton_kernels._depthwise, triton_kernels._depthwise_weight_grad):
+        monkeypatch.setattr(function, "configs", function.configs[2:3])  # two rows of the kernel at a time
+    return triton_kernels
+
+
+@pytest.fixture
+def on_gpu(kernels, monkeypatch):
+    """Takes the CPU for a GPU whose kernels the user wants."""
+    monkeypatch.setattr(gpu, "is_gpu", lambda x: True)
+    gpu._work.cache_clear()
+    set_fast_training(gpu=True)
+    yield
+    set_fast_training()
+    gpu._work.cache_clear()
+
+
+def layers(channels, kernel_size, wider=0):
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(channels, channels, kernel_size, groups=channels, padding="same"), nn.BatchNorm2d(channels)
+    pointwise, norm2 = nn.Conv2d(channels, channels + wider, 1), nn.BatchNorm2d(channels + wider)
+    for n in (norm, norm2):
+        nn.init.normal_(n.weight)
+        nn.init.normal_(n.bias)
+    return nn.ModuleList([conv, norm, pointwise, norm2])
+
+
+def by_pytorch(modules, x, residual):
+    conv, norm, pointwise, norm2 = modules
+    y = norm(F.gelu(conv(x)))
+    return norm2(F.gelu(pointwise(y + x if residual else y)))
+
+
+def close(a, b, tolerance=2e-5):
+    assert (a - b).norm() <= tolerance * b.norm() + 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "kernel_size"),
+    [((3, 2, 8, 16), 5), ((5, 2, 7, 14), 3), ((2, 2, 5, 40), 7), ((1, 2, 3, 70), 9), ((1, 1, 32, 32), 9), ((4, 2, 2, 1), 5)],
+)
+@pytest.mark.parametrize("residual", [True, False])
+def test_kernels_compute_what_pytorch_does(kernels, shape, kernel_size, residual):
+    modules = layers(shape[1], kernel_size, wider=3)
+    ours = copy.deepcopy(modules)
+    x = torch.randn(shape)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    expected = by_pytorch(modules, inputs[0], residual)
+    conv, norm, pointwise, norm2 = ours
+    y = kernels.channel_mixing(kernels.spatial_mixing(inputs[1], conv, norm, residual), pointwise, norm2)
+    close(y, expected)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad)
+    close(inputs[1].grad, inputs[0].grad)
+    for p, q in zip(ours.parameters(), modules.parameters(), strict=True):
+        close(p.grad, q.grad, 1e-4)
+    for b, c in zip(ours.buffers(), modules.buffers(), strict=True):
+        close(b.float(), c.float())
+
+
+@interpreted
+def test_gradients_of_gradients(kernels):
+    modules = layers(2, 3)
+    ours = copy.deepcopy(modules)
+    x = torch.randn(2, 2, 4, 8)
+
+    def penalty(compute, modules):
+        inputs = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(compute(inputs).square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), [inputs, *modules.parameters()])
+
+    conv, norm, pointwise, norm2 = ours
+
+    def by_kernels(x):
+        return kernels.channel_mixing(kernels.spatial_mixing(x, conv, norm, True), pointwise, norm2)
+
+    expected = penalty(lambda x: by_pytorch(modules, x, True), modules)
+    for a, b in zip(penalty(by_kernels, ours), expected, strict=True):
+        close(a, b, 1e-3)
+
+
+def model(**kwargs):
+    torch.manual_seed(1)
+    return ConvMixer(16, 2, kernel_size=5, patch_size=2, num_classes=4, **kwargs)
+
+
+def calls_of(monkeypatch):
+    calls = []
+    for name in ("spatial_mixing", "channel_mixing"):
+        function = getattr(gpu, name)
+        monkeypatch.setattr(gpu, name, lambda *args, _f=function, _n=name: calls.append(_n) or _f(*args))
+    return calls
+
+
+@interpreted
+@pytest.mark.parametrize(("size", "layout"), [((16, 16), torch.channels_last), ((9, 15), torch.contiguous_format)])
+def test_a_model_trains_on_them_under_autocast(on_gpu, monkeypatch, size, layout):
+    net = model().to(memory_format=layout)
+    reference = copy.deepcopy(net)
+    images = torch.randn(4, 3, *size).to(memory_format=layout)
+    with torch.autocast("cpu", torch.float16):
+        assert gpu._work(images.device)  # which calls them itself
+        calls = calls_of(monkeypatch)
+        loss = F.cross_entropy(net(images), torch.arange(4))
+    loss.backward()
+    assert calls == ["channel_mixing", *["spatial_mixing", "channel_mixing"] * 2]
+    set_fast_training(gpu=False)
+    monkeypatch.setattr(gpu, "is_gpu", lambda x: False)
+    expected = F.cross_entropy(reference(images), torch.arange(4))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    grads = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (net, reference)]
+    assert F.cosine_similarity(*grads, dim=0) > 0.99
+    for a, b in zip(net.buffers(), reference.buffers(), strict=True):
+        close(a.float(), b.float(), 0.02)
+
+
+@interpreted
+def test_where_they_do_not_run(on_gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "_error", lambda device: 0.0)  # which calls them itself
+    calls = calls_of(monkeypatch)
+    images = torch.randn(2, 3, 8, 8)
+
+    def trains(net, autocast=True):
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            net(images).sum().backward()
+
+    trains(model(), autocast=False)  # in fp32
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        model()(images)
+    trains(model(act_layer="relu", norm_layer=nn.Identity))
+    trains(model().eval())
+    hooked = model()
+    for module in hooked.modules():
+        module.register_forward_hook(lambda *_: None)
+    trains(hooked)
+    set_fast_training()
+    trains(model())
+    assert not calls
+
+
+@interpreted
+def test_what_does_not_work_is_said_once(on_gpu, monkeypatch, caplog):
+    monkeypatch.setattr(gpu, "_error", lambda device: 1.0)
+    with torch.autocast("cpu", torch.float16):
+        for _ in range(2):
+            model()(torch.randn(2, 3, 8, 8)).sum().backward()
+    (record,) = caplog.records
+    assert "PyTorch's operations run instead: their results are off by 1" in record.getMessage()
+    monkeypatch.setattr(gpu, "_error", lambda device: 1 / 0)
+    gpu._work.cache_clear()
+    assert not gpu._work(torch.device("cpu"))
+    assert "division by zero" in caplog.records[-1].getMessage()
+
+
+def test_the_switch():
+    assert not build.enabled(gpu=True)
+    set_fast_training(gpu=True)
+    assert build.enabled() and build.enabled(gpu=True)
+    set_fast_training(False, gpu=True)
+    assert not build.enabled() and not build.enabled(gpu=True)
+    set_fast_training()
+    assert build.enabled() and not build.enabled(gpu=True)
+    with pytest.raises(ValueError, match="gpu must be True or False, got 'yes'"):
+        set_fast_training(gpu="yes")
+    code = "from convmixer_timm.kernels import build; assert build.enabled() and build.enabled(gpu=True)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CONVMIXER_TIMM_FAST": "gpu"})
+
+
+def test_without_the_switch_a_gpu_gets_pytorchs_operations(monkeypatch):
+    monkeypatch.setattr(gpu, "is_gpu", lambda x: True)
+    assert not fast._runs_here(torch.randn(1, 3, 4, 4))
