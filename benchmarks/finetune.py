@@ -1,6 +1,6 @@
 """Fine-tuning a bundled checkpoint on a small set of images, against training the same model from scratch.
 
-    python benchmarks/finetune.py DATA --num-classes 2 --results benchmarks/results/finetune.csv
+    python benchmarks/finetune.py DATA --num-classes 2 --results FILE
 
 DATA has train/CLASS/IMAGE and VAL/CLASS/IMAGE. Every run takes the recipe `finetune`, and counts the last epoch's
 accuracy, so that no epoch is chosen by the images that it is measured on.
@@ -57,8 +57,8 @@ if __name__ == "__main__":
                 )
                 with (Path(folder) / "run" / "summary.csv").open(encoding="utf-8") as file:
                     *_, last = csv.DictReader(file)
-            rows.append({"model": recipe["model"], "setting": name, "seed": seed, "epochs": recipe["epochs"]})
-            rows[-1] |= {"top1": f"{float(last['eval_top1']):.2f}"}
+            rows.append({"data": args.data.name, "model": recipe["model"], "setting": name, "seed": seed})
+            rows[-1] |= {"epochs": recipe["epochs"], "top1": f"{float(last['eval_top1']):.2f}"}
             print(*rows[-1].values(), sep="  ", flush=True)
     print(f"torch {torch.__version__}, timm {timm.__version__}")
     for name in args.settings:

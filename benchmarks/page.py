@@ -140,12 +140,12 @@ def screenshots(runtime: str, target: Path) -> None:
     root = Path(__file__).parent.parent.absolute()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "page"
-        convmixer_timm.page("convmixer_256_8.e25_cifar10", folder, runtime=runtime, title="What is in the picture?")
+        convmixer_timm.page("convmixer_256_8.e100_cifar10", folder, runtime=runtime, title="What is in the picture?")
         browser = Browser()
         try:
             url = browser.serve(folder)
             shots = {
-                "page_light": ([root / "tests/images/frog/0001.jpg", root / "weights/images/ship.png"], (1100, 960)),
+                "page_light": ([root / "tests/images/frog/0001.png", root / "weights/images/ship.png"], (1100, 960)),
                 "page_phone": ([root / "weights/images/horse.png"], (375, 812)),
             }
             for name, (images, size) in shots.items():
@@ -169,7 +169,7 @@ def main():
     parser.add_argument("--screenshots", type=Path, metavar="DIR", help="only draw the README's, there")
     parser.add_argument("--images", help="photographs, each of another name")
     parser.add_argument("--count", type=int, default=100, help="images (%(default)s)")
-    parser.add_argument("--models", nargs="+", default=["convmixer_128_4.e25_cifar10", "convmixer_256_8.e25_cifar10"])
+    parser.add_argument("--models", nargs="+", default=["convmixer_128_4.e25_cifar10", "convmixer_256_8.e100_cifar10"])
     parser.add_argument("--calibration", help="images for int8, which is then measured too")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """How a checkpoint's accuracy falls as CIFAR-10's test images get worse: noise, blur, contrast, JPEG, shifts, sizes.
 
-    python benchmarks/study/robustness.py --data-dir cifar10 --models convmixer_256_8.e25_cifar10
+    python benchmarks/study/robustness.py --data-dir cifar10 --models convmixer_256_8.e100_cifar10
 
 writes a row for each degree of each corruption to ``robustness.csv``. Noise, blur, contrast, JPEG and shift change the
 32 x 32 pixels that the model's own transform then gets; a size resizes what it crops to more or fewer pixels.
@@ -91,7 +91,7 @@ def top1(model: torch.nn.Module, images: list[tuple[Image.Image, int]], transfor
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("cifar10"), help="folder with test")
-    parser.add_argument("--models", nargs="+", default=["convmixer_256_8.e25_cifar10"])
+    parser.add_argument("--models", nargs="+", default=["convmixer_256_8.e100_cifar10"])
     parser.add_argument("--results", type=Path, default=Path(__file__).parent, help="folder of the table")
     parser.add_argument("--images", type=int, help="take few images of all (to try it)")
     args = parser.parse_args()

@@ -76,11 +76,11 @@ def close(a, b, tolerance=2e-5):
     assert (a - b).norm() <= tolerance * b.norm() + 1e-6
 
 
+SHAPES = [((3, 2, 8, 16), 5), ((5, 2, 7, 14), 3), ((2, 2, 5, 40), 7), ((1, 2, 3, 70), 9), ((1, 1, 32, 32), 9)]
+
+
 @interpreted
-@pytest.mark.parametrize(
-    ("shape", "kernel_size"),
-    [((3, 2, 8, 16), 5), ((5, 2, 7, 14), 3), ((2, 2, 5, 40), 7), ((1, 2, 3, 70), 9), ((1, 1, 32, 32), 9), ((4, 2, 2, 1), 5)],
-)
+@pytest.mark.parametrize(("shape", "kernel_size"), [*SHAPES, ((4, 2, 2, 1), 5)])
 @pytest.mark.parametrize("residual", [True, False])
 def test_kernels_compute_what_pytorch_does(kernels, shape, kernel_size, residual):
     modules = layers(shape[1], kernel_size, wider=3)

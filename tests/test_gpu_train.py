@@ -1,0 +1,104 @@
+"""What the GPU's training does beside the kernels, on a CPU."""
+
+import copy
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from timm.optim import create_optimizer_v2
+
+from convmixer_timm.hub.sources import read_run
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def gpu_train(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_train
+
+    return gpu_train
+
+
+def test_crops_are_parts_of_the_image_or_of_its_mirror(gpu_train):
+    torch.manual_seed(0)
+    images = torch.rand(40, 3, 12, 12)
+    mirrored, corners = 0, set()
+    for image, crop in zip(images, gpu_train.crops(images, 8, affine=0.0, color=0.0), strict=True):
+        (found,) = [
+            (flip, down, right)
+            for flip in (False, True)
+            for down in range(5)
+            for right in range(5)
+            if torch.allclose(part(image, down, right).flip(-1) if flip else part(image, down, right), crop, atol=1e-4)
+        ]
+        mirrored += found[0]
+        corners.add(found[1:])
+    assert 10 < mirrored < 30
+    assert len(corners) > 12
+
+
+def part(image, down, right):
+    return image[:, down : down + 8, right : right + 8]
+
+
+def test_cutmix_mixes_the_targets_as_the_pixels(gpu_train):
+    torch.manual_seed(0)
+    images, targets = torch.zeros(2, 3, 32, 32), torch.eye(2)
+    images[1] = 1.0
+    shares = []
+    for _ in range(50):
+        mixed, soft = gpu_train.cutmix(images, targets, torch.tensor(1.0))
+        shares.append(soft[0, 1].item())
+        assert mixed[0].mean().item() == pytest.approx(shares[-1], abs=1e-5)
+        assert soft.sum(1).tolist() == pytest.approx([1.0, 1.0])
+    assert min(shares) < 0.1 and max(shares) > 0.5
+    assert torch.equal(gpu_train.cutmix(images, targets, torch.tensor(0.0))[0], images)
+
+
+def test_the_optimizer_is_timms(gpu_train):
+    torch.manual_seed(0)
+    ours = timm.create_model("convmixer_128_4", dim=32, depth=2)
+    theirs = copy.deepcopy(ours)
+    lr = torch.tensor(0.01)
+    mine = gpu_train.Optimizer(ours, lr, weight_decay=0.02, momentum=0.9, capturable=False)
+    reference = create_optimizer_v2(theirs, opt="nmuon", lr=0.01, weight_decay=0.02)
+    before = ours.head.weight.clone()
+    for step in range(3):
+        lr.fill_(0.01 / (step + 1))
+        for group in reference.param_groups:
+            group["lr"] = 0.01 / (step + 1)
+        images, labels = torch.randn(8, 3, 16, 16), torch.arange(8)
+        for model, optimizer in ((ours, mine), (theirs, reference)):
+            model.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    assert (ours.head.weight - before).abs().max() > 0.001
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=3e-4)  # a step is 0.01, its directions are in bf16
+
+
+def test_a_run_is_left_as_train_py_leaves_one(tmp_path):
+    data = tmp_path / "data"
+    for split in ("train", "validation"):
+        shutil.copytree(Path(__file__).parent / "images", data / split)
+    recipes = tmp_path / "recipes.yaml"
+    settings = dict(model="convmixer_128_4", epochs=2, warmup_epochs=1, batch_size=8, affine=0.5, color=0.1)
+    recipes.write_text(yaml.safe_dump({"tiny": settings}))
+    command = [sys.executable, BENCHMARKS / "gpu_train.py", data, "tiny", "--recipes", recipes, "--device", "cpu"]
+    subprocess.run([*command, "--output", tmp_path / "runs"], check=True, capture_output=True)
+    run = tmp_path / "runs/tiny"
+    assert sorted(path.name for path in run.iterdir()) == ["args.yaml", "last.pth.tar", "summary.csv"]
+    with (run / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)  # validated after the last epoch
+    source = read_run(run, labels=[f"class {i}" for i in range(10)])
+    assert source.evaluation.top1 == float(row["eval_top1"])
+    assert source.training.weights == "those of epoch 2 of 2"
+    assert source.model.pretrained_cfg["input_size"] == (3, 32, 32)
