@@ -75,9 +75,9 @@ def _work(device: torch.device) -> bool:
 def _error(device: torch.device) -> float:
     """The greatest relative error of the kernels' results, gradients and statistics against PyTorch in fp32."""
     torch.manual_seed(0)
-    conv, norm = nn.Conv2d(16, 16, 5, groups=16, padding="same").to(device), nn.BatchNorm2d(16).to(device)
-    conv2, norm2 = nn.Conv2d(16, 32, 2, stride=2).to(device), nn.BatchNorm2d(32).to(device)
-    x, grad = torch.randn(4, 16, 12, 12).to(device), torch.randn(4, 32, 6, 6).to(device)
+    conv, norm = nn.Conv2d(4, 4, 5, groups=4, padding="same").to(device), nn.BatchNorm2d(4).to(device)
+    conv2, norm2 = nn.Conv2d(4, 8, 2, stride=2).to(device), nn.BatchNorm2d(8).to(device)
+    x, grad = torch.randn(4, 4, 12, 12).to(device), torch.randn(4, 8, 6, 6).to(device)
 
     def results(kernels: bool) -> list[Tensor]:
         inputs = [x.detach().requires_grad_(), *(p for m in (conv, norm, conv2, norm2) for p in m.parameters())]

@@ -25,7 +25,8 @@ def test_in_the_interpreter():
     if INTERPRETED:
         pytest.skip("this is that process")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", __file__], env=environment, capture_output=True)
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "not switch"]
+    result = subprocess.run(command, env=environment, capture_output=True)
     assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()
     assert b" passed" in result.stdout
 
@@ -124,7 +125,7 @@ def test_gradients_of_gradients(kernels):
 
 def model(**kwargs):
     torch.manual_seed(1)
-    return ConvMixer(16, 2, kernel_size=5, patch_size=2, num_classes=4, **kwargs)
+    return ConvMixer(8, 2, kernel_size=3, patch_size=2, num_classes=4, **kwargs)
 
 
 def calls_of(monkeypatch):
@@ -162,7 +163,7 @@ def test_a_model_trains_on_them_under_autocast(on_gpu, monkeypatch, size, layout
 def test_where_they_do_not_run(on_gpu, monkeypatch):
     monkeypatch.setattr(gpu, "_error", lambda device: 0.0)  # which calls them itself
     calls = calls_of(monkeypatch)
-    images = torch.randn(2, 3, 8, 8)
+    images = torch.randn(2, 3, 4, 4)
 
     def trains(net, autocast=True):
         with torch.autocast("cpu", torch.float16, enabled=autocast):
