@@ -59,6 +59,7 @@ def training(setting: str, name: str, images: torch.Tensor):
     if not graphed:
         return step
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()

@@ -222,7 +222,7 @@ def train(settings: dict, data: Path, run: Path, device: str) -> dict:
     held_out, held_out_targets = (held_out.to(device) - mean) / std, held_out_targets.to(device)
 
     lr = torch.zeros((), device=device)
-    optimizer = Optimizer(model, lr, args.weight_decay, args.momentum, capturable=device == "cuda")
+    optimizer = Optimizer(model, lr, args.weight_decay, args.momentum, capturable=lr.is_cuda)
     step = Step(model, optimizer, images, targets, args)
     batch, per_epoch, epochs = args.batch_size, len(images) // args.batch_size, args.epochs
     rows, begin = [], time.perf_counter()
@@ -267,6 +267,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
+    if options.device.startswith("cuda:"):
+        torch.cuda.set_device(options.device)
     print(f"torch {torch.__version__}, timm {timm.__version__}")
     recipes = yaml.safe_load(options.recipes.read_text(encoding="utf-8"))
     for name in options.names:

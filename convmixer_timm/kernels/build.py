@@ -30,31 +30,34 @@ _FLAGS = (
 ).split()
 _SUM = hashlib.sha256().digest_size  # a library ends with its own checksum, which the loader doesn't look at
 _enabled = os.environ.get("CONVMIXER_TIMM_FAST", "1") != "0"
-_gpu_enabled = os.environ.get("CONVMIXER_TIMM_FAST") == "gpu"
+_gpu_enabled = os.environ.get("CONVMIXER_TIMM_FAST", "").lower() == "gpu"
 
 
-def set_fast_training(enable: bool = True, gpu: bool = False) -> None:
+def set_fast_training(enable: bool = True, gpu: bool | None = None) -> None:
     """Turn what makes a model fast on CPUs on or off: its kernels, its channels-last layout, and what glibc is told.
 
     ``CONVMIXER_TIMM_FAST=0`` in the environment turns it off from the start; ``gpu`` there turns both on.
 
     Args:
         enable: On or off.
-        gpu: Take Triton kernels on NVIDIA GPUs as well, for training under autocast. They were measured on one GPU.
+        gpu: Take Triton kernels on NVIDIA GPUs as well, for training under autocast; they were measured on one GPU.
+            None leaves that as it is, at first off.
 
     Raises:
         ValueError: If one of them is neither True nor False.
     """
     global _enabled, _gpu_enabled
-    for name, value in (("enable", enable), ("gpu", gpu)):
+    for name, value in (("enable", enable), ("gpu", False if gpu is None else gpu)):
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
-    _enabled, _gpu_enabled = enable, enable and gpu
+    _enabled = enable
+    if gpu is not None:
+        _gpu_enabled = gpu
 
 
 def enabled(gpu: bool = False) -> bool:
     """Whether a model may be made fast: on CPUs, or on GPUs."""
-    return _gpu_enabled if gpu else _enabled
+    return _enabled and (_gpu_enabled or not gpu)
 
 
 def transformed() -> bool:

@@ -107,9 +107,9 @@ def _runs_here(x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled()):
         return False  # an exported program is for anywhere; inference is left to the compiler
-    if x.dim() != 4 or x.numel() == 0 or build.transformed():
+    if not (gpu.is_gpu(x) or x.device.type == "cpu") or x.dim() != 4 or x.numel() == 0 or build.transformed():
         return False
-    return gpu.takes(x) if gpu.is_gpu(x) else x.device.type == "cpu"
+    return not gpu.is_gpu(x) or gpu.takes(x)
 
 
 def untouched(*modules: nn.Module) -> bool:
@@ -164,7 +164,12 @@ def _on_gpu(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, residua
         return None
     if not conv.weight.dtype == norm.weight.dtype == torch.float32 or not _plain(conv.weight) or not untouched(conv):
         return None
-    if _is_depthwise(conv) and conv.kernel_size[0] % 2 and x.numel() > x.shape[1]:
+    if (x.shape[1], x.device) != (conv.in_channels, conv.weight.device) or conv.out_channels != norm.num_features:
+        return None  # PyTorch says what is wrong
+    assert norm.running_mean is not None and norm.running_var is not None  # `_fuses`
+    if not (norm.running_mean.is_contiguous() and norm.running_var.is_contiguous()):
+        return None
+    if _is_depthwise(conv) and conv.kernel_size[0] in range(1, 64, 2) and x.numel() > x.shape[1]:
         return gpu.spatial_mixing(x, conv, norm, residual)
     height, width = (side // stride for side, stride in zip(x.shape[2:], conv.stride, strict=True))
     if _embeds_patches(conv) and not residual and len(x) * height * width > 1:

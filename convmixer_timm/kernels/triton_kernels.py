@@ -13,16 +13,18 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.testing import do_bench
 
 __all__ = ["channel_mixing", "spatial_mixing"]
 
 _TILE = 4096  # values a program of the elementwise kernels works on
 _ROWS = 128  # rows of pixels a program of the convolution works on
+_PARTS = 2**25  # numbers of the images' own weight gradients that may be in memory
 
 
 @triton.jit
 def _normal(x):
-    """The normal distribution's cumulated and plain density at `x`, within 2e-7 (Abramowitz and Stegun, 7.1.26): half
+    """The normal distribution's cumulated and plain density at `x`, within 2e-7 (Abramowitz and Stegun, 26.2.17): half
     the instructions of an erf and an exp."""
     density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
     t = 1.0 / (1.0 + 0.23164190 * tl.abs(x))
@@ -67,10 +69,20 @@ _CONFIGS = [triton.Config({"TAPS": taps}, num_warps=4, num_stages=stages) for ta
 
 
 def _fitting(configs, arguments, **more):
-    return [c for c in configs if 64 <= c.kwargs["TAPS"] * more["IN"] <= 128]
+    fitting = [c for c in configs if 64 <= c.kwargs["TAPS"] * more["IN"] <= 128]
+    return fitting[:1] if torch.are_deterministic_algorithms_enabled() else fitting
 
 
-_tuned = triton.autotune(_CONFIGS, key=["H", "W", "K", "BACKWARD"], prune_configs_by={"early_config_prune": _fitting})
+def _time(call, quantiles):
+    return do_bench(call, warmup=5, rep=20, quantiles=quantiles)
+
+
+_tuned = triton.autotune(
+    _CONFIGS,
+    key=["H", "W", "K", "BACKWARD"],
+    prune_configs_by={"early_config_prune": _fitting},
+    do_bench=_time,
+)
 
 
 @_tuned
@@ -229,7 +241,7 @@ def _act_norm_backward(
     if bias is not None:
         v += tl.load(bias + c)
     g = tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
-    count = (N * P).to(tl.float32)
+    count = N * P * 1.0
     scale = r * tl.load(gamma + c)
     cumulated, density = _normal(v)
     g = (cumulated + v * density) * scale * (g - g_sum / count - (v * cumulated - m) * (r * r * gv_sum / count))
@@ -302,11 +314,11 @@ def _finish(stats, norm):
     return mean, rstd
 
 
-def _normalize(x, bias, norm, mean, rstd, shortcut):
+def _normalize(x, bias, gamma, beta, mean, rstd, shortcut):
     out = torch.empty_like(x)
     n, channels, h, w = x.shape
     _act_norm[_grid(x)](
-        x, bias, norm.weight, norm.bias, mean, rstd, shortcut, out, n, channels, P=h * w, TILE=_TILE
+        x, bias, gamma, beta, mean, rstd, shortcut, out, n, channels, P=h * w, TILE=_TILE
     )  # fmt: skip
     return out
 
@@ -326,8 +338,15 @@ def _normalize_backward(x, grad, bias, gamma, mean, rstd):
     return out, gamma_grad, beta_grad, bias_sums.sum(1)
 
 
-def _double_backward(layer, inputs, norm, grad):
-    """The gradients by PyTorch's operations, which are themselves differentiable (``create_graph=True``)."""
+def _left_to_pytorch(grad):
+    """Whether the backward pass must be differentiable (``create_graph=True``) or is of many at once
+    (``is_grads_batched=True``)."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+@torch.enable_grad()
+def _by_pytorch(layer, inputs, norm, grad):
+    """The gradients by PyTorch's operations."""
     inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
     x, weight, bias, gamma, beta = inputs
     z = layer(x, weight.to(x.dtype), bias.to(x.dtype))
@@ -344,7 +363,7 @@ class _SpatialMixing(torch.autograd.Function):
             stats = gamma.new_empty(3, len(gamma), tiles * blocks)
             z = _convolve(x, bands, weight.shape[-1], bias, stats=stats)
             mean, rstd = _finish(stats, norm)
-            out = _normalize(z, None, norm, mean, rstd, x if residual else None)
+            out = _normalize(z, None, gamma, beta, mean, rstd, x if residual else None)
         ctx.save_for_backward(x, weight, bias, gamma, beta, z, mean, rstd)
         ctx.norm, ctx.residual = norm, residual
         return out
@@ -352,12 +371,12 @@ class _SpatialMixing(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, gamma, beta, z, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _left_to_pytorch(grad):
 
             def layer(x, weight, bias):
                 return F.conv2d(x, weight, bias, padding="same", groups=len(weight))
 
-            x_grad, *rest = _double_backward(layer, (x, weight, bias, gamma, beta), ctx.norm, grad)
+            x_grad, *rest = _by_pytorch(layer, (x, weight, bias, gamma, beta), ctx.norm, grad)
             return x_grad + grad if ctx.residual else x_grad, *rest, None, None
         with torch.cuda.device_of(x):
             grad = grad.contiguous()
@@ -379,7 +398,7 @@ class _ChannelMixing(torch.autograd.Function):
             stats = gamma.new_empty(3, *grid)
             _act_stats[grid](z, bias, stats, n, grid[0], P=h * w, TILE=_TILE)
             mean, rstd = _finish(stats, norm)
-            out = _normalize(z, bias, norm, mean, rstd, None)
+            out = _normalize(z, bias, gamma, beta, mean, rstd, None)
         ctx.save_for_backward(x, weight, bias, gamma, beta, z, matrix, mean, rstd)
         ctx.norm = norm
         return out
@@ -387,20 +406,31 @@ class _ChannelMixing(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, gamma, beta, z, matrix, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _left_to_pytorch(grad):
 
             def layer(x, weight, bias):
                 return F.conv2d(x, weight.flatten(1)[:, :, None, None], bias)
 
-            return *_double_backward(layer, (x, weight, bias, gamma, beta), ctx.norm, grad), None
+            return *_by_pytorch(layer, (x, weight, bias, gamma, beta), ctx.norm, grad), None
         with torch.cuda.device_of(x):
             grad = grad.contiguous()
             z_grad, gamma_grad, beta_grad, bias_grad = _normalize_backward(z, grad, bias, gamma, mean, rstd)
             z_grad, x_grad = z_grad.flatten(2), None
             if ctx.needs_input_grad[0]:
                 x_grad = torch.bmm(matrix.t().expand(len(x), -1, -1), z_grad).view_as(x)
-            weight_grad = torch.bmm(z_grad, x.flatten(2).mT).sum(0, dtype=torch.float32).view(weight.shape)
-        return x_grad, torch.empty_like(weight).copy_(weight_grad), bias_grad, gamma_grad, beta_grad, None
+            parts = max(1, _PARTS // matrix.numel())
+            weight_grad = sum(
+                torch.bmm(g, part.flatten(2).mT).sum(0, dtype=torch.float32)
+                for g, part in zip(z_grad.split(parts), x.split(parts), strict=True)
+            )
+        return (
+            x_grad,
+            torch.empty_like(weight).copy_(weight_grad.view(weight.shape)),
+            bias_grad,
+            gamma_grad,
+            beta_grad,
+            None,
+        )
 
 
 def spatial_mixing(x: Tensor, conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d, residual: bool) -> Tensor:
@@ -412,7 +442,9 @@ def spatial_mixing(x: Tensor, conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d,
         norm: In training and in fp32; its running statistics move.
         residual: Add `x`.
     """
-    return _SpatialMixing.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm, residual)
+    assert conv.bias is not None
+    parameters = (p.contiguous() for p in (conv.weight, conv.bias, norm.weight, norm.bias))
+    return _SpatialMixing.apply(x, *parameters, norm, residual)
 
 
 def channel_mixing(x: Tensor, conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> Tensor:
@@ -424,4 +456,6 @@ def channel_mixing(x: Tensor, conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d)
         conv: With a bias, in fp32.
         norm: In training and in fp32; its running statistics move.
     """
-    return _ChannelMixing.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm)
+    assert conv.bias is not None
+    bias, gamma, beta = (p.contiguous() for p in (conv.bias, norm.weight, norm.bias))
+    return _ChannelMixing.apply(x, conv.weight, bias, gamma, beta, norm)

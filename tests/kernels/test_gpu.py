@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from convmixer_timm import ConvMixer, set_fast_training
 from convmixer_timm.kernels import build, fast, gpu
@@ -53,7 +54,7 @@ def on_gpu(kernels, monkeypatch):
     gpu._work.cache_clear()
     set_fast_training(gpu=True)
     yield
-    set_fast_training()
+    set_fast_training(gpu=False)
     gpu._work.cache_clear()
 
 
@@ -143,7 +144,7 @@ def test_a_model_trains_on_them_under_autocast(on_gpu, monkeypatch, size, layout
     reference = copy.deepcopy(net)
     images = torch.randn(4, 3, *size).to(memory_format=layout)
     with torch.autocast("cpu", torch.float16):
-        assert gpu._work(images.device)  # which calls them itself
+        assert gpu._work(images.device, torch.float16)  # which calls them itself
         calls = calls_of(monkeypatch)
         loss = F.cross_entropy(net(images), torch.arange(4))
     loss.backward()
@@ -161,7 +162,7 @@ def test_a_model_trains_on_them_under_autocast(on_gpu, monkeypatch, size, layout
 
 @interpreted
 def test_where_they_do_not_run(on_gpu, monkeypatch):
-    monkeypatch.setattr(gpu, "_error", lambda device: 0.0)  # which calls them itself
+    monkeypatch.setattr(gpu, "_error", lambda *args: 0.0)  # which calls them itself
     calls = calls_of(monkeypatch)
     images = torch.randn(2, 3, 4, 4)
 
@@ -178,32 +179,101 @@ def test_where_they_do_not_run(on_gpu, monkeypatch):
     for module in hooked.modules():
         module.register_forward_hook(lambda *_: None)
     trains(hooked)
-    set_fast_training()
+    set_fast_training(gpu=False)
     trains(model())
     assert not calls
 
 
 @interpreted
 def test_what_does_not_work_is_said_once(on_gpu, monkeypatch, caplog):
-    monkeypatch.setattr(gpu, "_error", lambda device: 1.0)
+    monkeypatch.setattr(gpu, "_error", lambda *args: 1.0)
     with torch.autocast("cpu", torch.float16):
         for _ in range(2):
             model()(torch.randn(2, 3, 8, 8)).sum().backward()
     (record,) = caplog.records
     assert "PyTorch's operations run instead: their results are off by 1" in record.getMessage()
-    monkeypatch.setattr(gpu, "_error", lambda device: 1 / 0)
+    monkeypatch.setattr(gpu, "_error", lambda *args: 1 / 0)
     gpu._work.cache_clear()
-    assert not gpu._work(torch.device("cpu"))
+    assert not gpu._work(torch.device("cpu"), torch.float16)
     assert "division by zero" in caplog.records[-1].getMessage()
+
+
+@interpreted
+def test_nan_is_no_result(kernels, monkeypatch):
+    gradient = kernels._convolution_weight_grad
+    monkeypatch.setattr(kernels, "_convolution_weight_grad", lambda *args: gradient(*args) * float("nan"))
+    assert torch.tensor(gpu._error(torch.device("cpu"), torch.float16, 2, 8)).isnan()
+
+
+@interpreted
+def test_the_trial_leaves_the_user_alone(on_gpu, monkeypatch):
+    """His seeds, also those of the GPUs, his default device, and a checkpoint around the whole model."""
+    net, images = model(), torch.randn(2, 3, 4, 4)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    before = torch.random.get_rng_state()
+    with torch.device("meta"), torch.autocast("cpu", torch.float16):
+        y = checkpoint(net, images, use_reentrant=False)
+    y.sum().backward()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert gpu._work(torch.device("cpu"), torch.float16)
+
+
+@interpreted
+def test_parameters_and_features_that_do_not_fit(on_gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "_error", lambda *args: 0.0)
+    calls = calls_of(monkeypatch)
+    net, images = model(), torch.randn(2, 3, 8, 8)
+    conv = net.blocks[0][0].fn[0]
+    reference = copy.deepcopy(net)
+    conv.weight = nn.Parameter(conv.weight.detach().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1))
+    assert not conv.weight.is_contiguous()
+    with torch.autocast("cpu", torch.float16):
+        close(net(images), reference(images), 1e-6)
+        assert "spatial_mixing" in calls
+        with pytest.raises(RuntimeError, match="to have 3 channels, but got 4"):
+            net(torch.randn(2, 4, 8, 8))
+        with pytest.raises(RuntimeError, match="channels"):
+            net.blocks[0][0](torch.randn(2, 6, 4, 4))
+
+
+@interpreted
+def test_many_gradients_at_once(kernels):
+    conv, norm, pointwise, norm2 = layers(2, 3)
+    x = torch.randn(2, 2, 4, 8, requires_grad=True)
+    y = kernels.channel_mixing(kernels.spatial_mixing(x, conv, norm, True), pointwise, norm2)
+    grads = torch.randn(3, *y.shape)
+    (found,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+    for grad, one in zip(grads, found, strict=True):
+        close(one, torch.autograd.grad(y, x, grad, retain_graph=True)[0], 1e-4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is compiled in the other process")
+def test_a_batch_of_one_compiles():
+    """Triton takes an argument that is 1 for a constant; of kernels that compile there is no GPU to try it on."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from convmixer_timm.kernels import triton_kernels
+
+    kernel = triton_kernels._act_norm_backward
+    constants = {"N": 1, "P": 64, "TILE": 256, "TILES": 1}
+    types = {"x": "*bf16", "grad": "*bf16", "out": "*bf16", "C": "i32"}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
 
 
 def test_the_switch():
     assert not build.enabled(gpu=True)
     set_fast_training(gpu=True)
     assert build.enabled() and build.enabled(gpu=True)
-    set_fast_training(False, gpu=True)
+    set_fast_training(False)
     assert not build.enabled() and not build.enabled(gpu=True)
     set_fast_training()
+    assert build.enabled() and build.enabled(gpu=True)
+    set_fast_training(gpu=False)
     assert build.enabled() and not build.enabled(gpu=True)
     with pytest.raises(ValueError, match="gpu must be True or False, got 'yes'"):
         set_fast_training(gpu="yes")
