@@ -125,7 +125,10 @@ def work(args) -> None:
     setting, precision = args.worker
     if setting == "peak":
         return print(peak_flops(args, precision), file=answers)
-    run, answer = prepare(args, setting, precision)
+    try:
+        run, answer = prepare(args, setting, precision)
+    except RuntimeError as error:
+        return print(json.dumps({"matches": False, "why": str(error)}), file=answers)
     for _ in range(2):
         run()
     print(json.dumps(answer), file=answers, flush=True)
@@ -154,12 +157,12 @@ def measure(args, model: str, img_size: int, batch_size: int) -> list[dict]:
     for setting, precision in args.kinds:
         worker = start(setting, precision)
         line = worker.stdout.readline()
-        answer = json.loads(line) if line else {"matches": False}
+        answer = json.loads(line) if line else {"matches": False, "why": "its process ended, of memory perhaps"}
         args.progress.update()
         if answer["matches"]:
             workers[setting, precision], said[setting, precision] = worker, answer
         else:
-            why = f"outputs differ by {answer['difference']}" if line else "its process ended, of memory perhaps"
+            why = answer.get("why") or f"outputs differ by {answer['difference']}"
             args.progress.write(f"left out: {model} {setting} {precision}: {why}")
             worker.kill()
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in workers}

@@ -106,6 +106,6 @@ if __name__ == "__main__":
             rows.append({**row, "top1": round(top1(model, images, transform), 2)})
             print(*rows[-1].values(), sep="  ", flush=True)
     with (args.results / "robustness.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
