@@ -37,8 +37,8 @@ __all__ = ["BACKENDS", "PRECISIONS", "TOLERANCES", "OptimizedModel", "calibratio
 _logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16", "int8")
-# How far outputs may be from those of the model in fp32, as a share of the largest of them. Of 300 images the worst in int8
-# is off by a third where top-1 loses 0.3 points.
+# How far outputs may be from those of the model in fp32, as a share of the largest of them. Of 300 images the worst in
+# int8 is off by a third where top-1 loses 0.3 points.
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.5}
 _CALIBRATION_IMAGES = 300
 _TIMING_SECONDS = 1.0  # for each candidate
