@@ -3,15 +3,12 @@
 import copy
 import csv
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import yaml
 from timm.optim import create_optimizer_v2
 
 from convmixer_timm.hub.sources import read_run
@@ -85,16 +82,13 @@ def test_the_optimizer_is_timms(gpu_train):
         assert torch.allclose(p, q, atol=3e-4)  # a step is 0.01, its directions are in bf16
 
 
-def test_a_run_is_left_as_train_py_leaves_one(tmp_path):
+def test_a_run_is_left_as_train_py_leaves_one(gpu_train, tmp_path):
     data = tmp_path / "data"
     for split in ("train", "validation"):
         shutil.copytree(Path(__file__).parent / "images", data / split)
-    recipes = tmp_path / "recipes.yaml"
     settings = dict(model="convmixer_128_4", epochs=2, warmup_epochs=1, batch_size=8, affine=0.5, color=0.1)
-    recipes.write_text(yaml.safe_dump({"tiny": settings}))
-    command = [sys.executable, BENCHMARKS / "gpu_train.py", data, "tiny", "--recipes", recipes, "--device", "cpu"]
-    subprocess.run([*command, "--output", tmp_path / "runs"], check=True, capture_output=True)
     run = tmp_path / "runs/tiny"
+    gpu_train.train(settings, data, run, "cpu")
     assert sorted(path.name for path in run.iterdir()) == ["args.yaml", "last.pth.tar", "summary.csv"]
     with (run / "summary.csv").open() as file:
         (row,) = csv.DictReader(file)  # validated after the last epoch
