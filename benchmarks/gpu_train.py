@@ -267,10 +267,16 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
+    recipes = yaml.safe_load(options.recipes.read_text(encoding="utf-8"))
+    if unknown := [name for name in options.names if name not in recipes]:
+        parser.error(f"{options.recipes} has no {', '.join(unknown)}; there are {', '.join(recipes)}")
+    if missing := [split for split in ("train", "validation") if not (options.data / split).is_dir()]:
+        parser.error(f"{options.data} has no folder {' or '.join(missing)}: cifar_folders.py makes them")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("PyTorch sees no NVIDIA GPU here; --device cpu tries a recipe, slowly")
     if options.device.startswith("cuda:"):
         torch.cuda.set_device(options.device)
     print(f"torch {torch.__version__}, timm {timm.__version__}")
-    recipes = yaml.safe_load(options.recipes.read_text(encoding="utf-8"))
     for name in options.names:
         result = train(recipes[name], options.data, options.output / name, options.device)
         print(name, json.dumps(result), flush=True)
