@@ -132,11 +132,12 @@ def forward(model: torch.nn.Module, images: Tensor) -> Tensor:
     """The model's logits by the package's GPU kernels."""
     from convmixer_timm.kernels import triton_kernels as gpu
 
-    conv, _, norm = model.stem
-    x = gpu.channel_mixing(F.pixel_unshuffle(images, conv.stride[0]), conv, norm)
+    conv, act, norm = model.stem
+    gelu = not isinstance(act, torch.nn.ReLU)
+    x = gpu.channel_mixing(F.pixel_unshuffle(images, conv.stride[0]), conv, norm, gelu)
     for spatial, conv, _, norm in model.blocks:
         depthwise, _, its_norm = spatial.fn
-        x = gpu.channel_mixing(gpu.spatial_mixing(x, depthwise, its_norm, residual=True), conv, norm)
+        x = gpu.channel_mixing(gpu.spatial_mixing(x, depthwise, its_norm, True, gelu), conv, norm, gelu)
     return model.head(x.mean((2, 3), dtype=torch.float32))
 
 

@@ -160,7 +160,7 @@ def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, 
 
 def _on_gpu(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, residual: bool) -> Tensor | None:
     """The same by a GPU's kernels; None where they don't do it."""
-    if not _fuses(norm, act) or not _is_gelu(act) or type(conv) is not nn.Conv2d or conv.bias is None:
+    if not _fuses(norm, act) or type(conv) is not nn.Conv2d or conv.bias is None:
         return None
     if not conv.weight.dtype == norm.weight.dtype == torch.float32 or not _plain(conv.weight) or not untouched(conv):
         return None
@@ -170,10 +170,10 @@ def _on_gpu(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, residua
     if not (norm.running_mean.is_contiguous() and norm.running_var.is_contiguous()):
         return None
     if _is_depthwise(conv) and conv.kernel_size[0] in range(1, 64, 2) and x.numel() > x.shape[1]:
-        return gpu.spatial_mixing(x, conv, norm, residual)
+        return gpu.spatial_mixing(x, conv, norm, residual, _is_gelu(act))
     height, width = (side // stride for side, stride in zip(x.shape[2:], conv.stride, strict=True))
     if _embeds_patches(conv) and not residual and len(x) * height * width > 1:
-        return gpu.channel_mixing(x, conv, norm)
+        return gpu.channel_mixing(x, conv, norm, _is_gelu(act))
     return None
 
 

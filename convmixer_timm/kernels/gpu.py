@@ -36,20 +36,20 @@ def takes(x: Tensor) -> bool:
     )
 
 
-def spatial_mixing(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, residual: bool) -> Tensor:
+def spatial_mixing(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, residual: bool, gelu: bool) -> Tensor:
     """See `triton_kernels.spatial_mixing`; `x` of any type and strides."""
     from .triton_kernels import spatial_mixing
 
-    return spatial_mixing(_laid_out(x), conv, norm, residual)
+    return spatial_mixing(_laid_out(x), conv, norm, residual, gelu)
 
 
-def channel_mixing(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """``norm(gelu(conv(x)))`` of a convolution whose patches don't overlap, as 1x1; `x` of any type and strides."""
+def channel_mixing(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, gelu: bool) -> Tensor:
+    """``norm(act(conv(x)))`` of a convolution whose patches don't overlap, as 1x1; `x` of any type and strides."""
     from .triton_kernels import channel_mixing
 
     patch = conv.stride[0]
     height, width = (side // patch * patch for side in x.shape[2:])  # as conv2d leaves out the rest
-    return channel_mixing(F.pixel_unshuffle(_laid_out(x[..., :height, :width]), patch), conv, norm)
+    return channel_mixing(F.pixel_unshuffle(_laid_out(x[..., :height, :width]), patch), conv, norm, gelu)
 
 
 def _laid_out(x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def _error(device: torch.device, dtype: torch.dtype, images: int, width: int) ->
             n.reset_running_stats()
         with torch.autocast(device.type, dtype, enabled=kernels):
             if kernels:
-                y = channel_mixing(spatial_mixing(inputs[0], conv, norm, True), conv2, norm2)
+                y = channel_mixing(spatial_mixing(inputs[0], conv, norm, True, True), conv2, norm2, True)
             else:
                 y = norm2(F.gelu(conv2(norm(F.gelu(conv(inputs[0]))) + inputs[0])))
         grads = torch.autograd.grad(y, inputs, grad.to(y.dtype))

@@ -68,10 +68,10 @@ def layers(channels, kernel_size, wider=0):
     return nn.ModuleList([conv, norm, pointwise, norm2])
 
 
-def by_pytorch(modules, x, residual):
+def by_pytorch(modules, x, residual, act=F.gelu):
     conv, norm, pointwise, norm2 = modules
-    y = norm(F.gelu(conv(x)))
-    return norm2(F.gelu(pointwise(y + x if residual else y)))
+    y = norm(act(conv(x)))
+    return norm2(act(pointwise(y + x if residual else y)))
 
 
 def close(a, b, tolerance=2e-5):
@@ -91,9 +91,10 @@ def test_kernels_compute_what_pytorch_does(kernels, shape, kernel_size, residual
     ours = copy.deepcopy(modules)
     x = torch.randn(shape)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
-    expected = by_pytorch(modules, inputs[0], residual)
+    gelu = residual  # each with one of them
+    expected = by_pytorch(modules, inputs[0], residual, F.gelu if gelu else F.relu)
     conv, norm, pointwise, norm2 = ours
-    y = kernels.channel_mixing(kernels.spatial_mixing(inputs[1], conv, norm, residual), pointwise, norm2)
+    y = kernels.channel_mixing(kernels.spatial_mixing(inputs[1], conv, norm, residual, gelu), pointwise, norm2, gelu)
     close(y, expected)
     grad = torch.randn_like(y)
     y.backward(grad)
@@ -140,9 +141,11 @@ def calls_of(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize(("size", "layout"), [((16, 16), torch.channels_last), ((9, 15), torch.contiguous_format)])
-def test_a_model_trains_on_them_under_autocast(on_gpu, monkeypatch, size, layout):
-    net = model().to(memory_format=layout)
+@pytest.mark.parametrize(
+    ("size", "layout", "act"), [((16, 16), torch.channels_last, "gelu"), ((9, 15), torch.contiguous_format, "relu")]
+)
+def test_a_model_trains_on_them_under_autocast(on_gpu, monkeypatch, size, layout, act):
+    net = model(act_layer=act).to(memory_format=layout)
     reference = copy.deepcopy(net)
     images = torch.randn(4, 3, *size).to(memory_format=layout)
     with torch.autocast("cpu", torch.float16):
@@ -157,7 +160,7 @@ def test_a_model_trains_on_them_under_autocast(on_gpu, monkeypatch, size, layout
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)
     grads = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (net, reference)]
-    assert F.cosine_similarity(*grads, dim=0) > 0.99
+    assert F.cosine_similarity(*grads, dim=0) > (0.99 if act == "gelu" else 0.9)  # a ReLU near zero may be another
     for a, b in zip(net.buffers(), reference.buffers(), strict=True):
         close(a.float(), b.float(), 0.02)
 
@@ -260,7 +263,7 @@ def test_a_batch_of_one_compiles():
     from convmixer_timm.kernels import triton_kernels
 
     kernel = triton_kernels._act_norm_backward
-    constants = {"N": 1, "P": 64, "TILE": 256, "TILES": 1}
+    constants = {"N": 1, "P": 64, "GELU": True, "TILE": 256, "TILES": 1}
     types = {"x": "*bf16", "grad": "*bf16", "out": "*bf16", "C": "i32"}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
