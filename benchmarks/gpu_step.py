@@ -6,7 +6,6 @@ MODEL:PIXELS:BATCH. Everything runs under bf16 autocast; images/s of the median 
 """
 
 import argparse
-import csv
 import statistics
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from gpu_train import forward
 from timm.models.convmixer import ConvMixer as TimmConvMixer
-from train_step import build
+from train_step import append_rows, build
 
 SETTINGS = ("timm", "timm channels-last", "timm compiled", "ours", "ours, CUDA graph")
 INFERENCE = ("timm", "timm channels-last", "timm compiled")
@@ -89,7 +88,7 @@ if __name__ == "__main__":
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--inference", nargs="*", choices=INFERENCE, default=[], metavar="SETTING")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "timm": timm.__version__}
     rows = []
@@ -110,7 +109,4 @@ if __name__ == "__main__":
                 del step
                 torch.cuda.empty_cache()
     if args.csv:
-        with args.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        append_rows(args.csv, rows)

@@ -26,6 +26,7 @@ import yaml
 from PIL import Image
 from timm.optim import param_groups_weight_decay
 from timm.optim.muon import _COEFFICIENTS, Muon, _is_suitable_for_muon, get_lr_scale, zeropower_via_newtonschulz
+from timm.utils import accuracy
 from torch import Tensor
 
 import convmixer_timm  # noqa: F401
@@ -148,8 +149,7 @@ def evaluate(model: torch.nn.Module, images: Tensor, targets: Tensor) -> tuple[f
     with torch.autocast(images.device.type, torch.bfloat16):
         logits = torch.cat([model(part) for part in images.split(500)]).float()
     model.train()
-    best = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-    top1, top5 = (100 * best[:, :k].any(1).float().mean().item() for k in (1, 5))
+    top1, top5 = (share.item() for share in accuracy(logits, targets, topk=(1, 5)))
     return F.cross_entropy(logits, targets).item(), top1, top5
 
 

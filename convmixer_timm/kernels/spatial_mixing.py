@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import operators
 
-__all__ = ["spatial_mixing"]
+__all__ = ["differentiable_grads", "spatial_mixing"]
 
 
 def spatial_mixing(
@@ -47,9 +47,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     if grad is None:  # nobody needs it
         return (None,) * 9
-    x, weight, _bias, gamma, z, mean, var = ctx.saved_tensors
+    x, weight, bias, gamma, z, mean, var = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: PyTorch's operations are themselves differentiable
-        return *_differentiable_grads(ctx, grad), None, None, None, None
+        _, residual, gelu, eps = ctx.settings
+        inputs = (x, weight, bias, gamma, torch.zeros_like(gamma))
+        return *differentiable_grads(inputs, residual, gelu, eps, grad), None, None, None, None
     for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
     for_weight = for_weight or for_bias
     x_grad, weight_grad, bias_grad, gamma_grad, beta_grad = operators.spatial_mixing_backward(
@@ -62,17 +64,31 @@ def _backward(ctx, grad, *_):
     return x_grad, weight_grad, bias_grad, gamma_grad, beta_grad, None, None, None, None
 
 
-def _differentiable_grads(ctx, grad):
-    x, weight, bias, gamma, *_ = ctx.saved_tensors
-    _, residual, gelu, eps = ctx.settings
-    beta = torch.zeros_like(gamma)
-    inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (x, weight, bias, gamma, beta)]
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding="same", groups=len(weight))
+
+
+@torch.enable_grad()
+def differentiable_grads(inputs, residual, gelu, eps, grad, convolve=_depthwise):
+    """Gradients by PyTorch's operations, which are themselves differentiable.
+
+    Args:
+        inputs: Features, the convolution's weight and bias, the norm's weight and bias.
+        residual: Whether the features were added.
+        gelu: GELU; ReLU if not.
+        eps: The norm's.
+        grad: Of the result.
+        convolve: The convolution, of features, weight and bias.
+
+    Returns:
+        One for each of `inputs`.
+    """
+    inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
     x, weight, bias, gamma, beta = inputs
-    z = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding="same", groups=len(weight))
-    y = F.gelu(z) if gelu else F.relu(z)
-    y = F.batch_norm(y, None, None, gamma, beta, training=True, eps=eps)
+    z = convolve(x, weight.to(x.dtype), bias.to(x.dtype))
+    y = F.batch_norm(F.gelu(z) if gelu else F.relu(z), None, None, gamma, beta, training=True, eps=eps)
     y = y + x if residual else y
-    return torch.autograd.grad(y, inputs, grad, create_graph=True)
+    return torch.autograd.grad(y, inputs, grad.to(y.dtype), create_graph=True)
 
 
 operators.spatial_mixing.register_autograd(_backward, setup_context=_setup_context)

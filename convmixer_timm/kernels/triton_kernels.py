@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.testing import do_bench
 
+from .spatial_mixing import differentiable_grads
+
 __all__ = ["channel_mixing", "spatial_mixing"]
 
 _TILE = 4096  # values a program of the elementwise kernels works on
@@ -179,10 +181,19 @@ def _places(N, C, P: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _biased(x, bias, c, at, valid):
+    """A tile of a convolution's output, of whose bias it may still be in want."""
+    v = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
+    if bias is not None:
+        v += tl.load(bias + c)
+    return v
+
+
+@triton.jit
 def _act_stats(x, bias, stats, N, C, P: tl.constexpr, GELU: tl.constexpr, TILE: tl.constexpr):
     c, tiles = tl.program_id(0), tl.num_programs(1)
     at, valid = _places(N, C, P, TILE)
-    y, _ = _act(tl.load(x + at, mask=valid, other=0.0).to(tl.float32) + tl.load(bias + c), GELU)
+    y, _ = _act(_biased(x, bias, c, at, valid), GELU)
     _tile_stats(y, valid, stats, c * tiles + tl.program_id(1), C * tiles)
 
 
@@ -211,9 +222,7 @@ def _act_norm(
 ):  # fmt: skip
     c = tl.program_id(0)
     at, valid = _places(N, C, P, TILE)
-    v = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-    if bias is not None:
-        v += tl.load(bias + c)
+    v = _biased(x, bias, c, at, valid)
     y, _ = _act(v, GELU)
     y = (y - tl.load(mean + c)) * (tl.load(rstd + c) * tl.load(gamma + c)) + tl.load(beta + c)
     if shortcut is not None:
@@ -225,9 +234,7 @@ def _act_norm(
 def _norm_sums(x, grad, bias, mean, sums, N, C, P: tl.constexpr, GELU: tl.constexpr, TILE: tl.constexpr):
     c, tiles = tl.program_id(0), tl.num_programs(1)
     at, valid = _places(N, C, P, TILE)
-    v = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-    if bias is not None:
-        v += tl.load(bias + c)
+    v = _biased(x, bias, c, at, valid)
     g = tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
     tl.store(sums + c * tiles + tl.program_id(1), tl.sum(g))
     y, _ = _act(v, GELU)
@@ -249,9 +256,7 @@ def _act_norm_backward(
         tl.store(beta_grad + c, g_sum)
         tl.store(gamma_grad + c, gv_sum * r)
     at, valid = _places(N, C, P, TILE)
-    v = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-    if bias is not None:
-        v += tl.load(bias + c)
+    v = _biased(x, bias, c, at, valid)
     g = tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
     count = N * P * 1.0
     scale = r * tl.load(gamma + c)
@@ -356,16 +361,6 @@ def _left_to_pytorch(grad):
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
-@torch.enable_grad()
-def _by_pytorch(layer, inputs, norm, gelu, grad):
-    """The gradients by PyTorch's operations."""
-    inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-    x, weight, bias, gamma, beta = inputs
-    z = layer(x, weight.to(x.dtype), bias.to(x.dtype))
-    y = F.batch_norm(F.gelu(z) if gelu else F.relu(z), None, None, gamma, beta, training=True, eps=norm.eps)
-    return torch.autograd.grad(y, inputs, grad.to(y.dtype), create_graph=True)
-
-
 class _SpatialMixing(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, norm, gelu, residual):
@@ -384,12 +379,8 @@ class _SpatialMixing(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, bias, gamma, beta, z, mean, rstd = ctx.saved_tensors
         if _left_to_pytorch(grad):
-
-            def layer(x, weight, bias):
-                return F.conv2d(x, weight, bias, padding="same", groups=len(weight))
-
-            x_grad, *rest = _by_pytorch(layer, (x, weight, bias, gamma, beta), ctx.norm, ctx.gelu, grad)
-            return x_grad + grad if ctx.residual else x_grad, *rest, None, None, None
+            inputs = (x, weight, bias, gamma, beta)
+            return *differentiable_grads(inputs, ctx.residual, ctx.gelu, ctx.norm.eps, grad), None, None, None
         with torch.cuda.device_of(x):
             grad = grad.contiguous()
             z_grad, gamma_grad, beta_grad, bias_grad = _normalize_backward(z, grad, None, gamma, mean, rstd, ctx.gelu)
@@ -421,10 +412,11 @@ class _ChannelMixing(torch.autograd.Function):
         x, weight, bias, gamma, beta, z, matrix, mean, rstd = ctx.saved_tensors
         if _left_to_pytorch(grad):
 
-            def layer(x, weight, bias):
+            def convolve(x, weight, bias):
                 return F.conv2d(x, weight.flatten(1)[:, :, None, None], bias)
 
-            return *_by_pytorch(layer, (x, weight, bias, gamma, beta), ctx.norm, ctx.gelu, grad), None, None
+            inputs = (x, weight, bias, gamma, beta)
+            return *differentiable_grads(inputs, False, ctx.gelu, ctx.norm.eps, grad, convolve), None, None
         with torch.cuda.device_of(x):
             grad = grad.contiguous()
             z_grad, gamma_grad, beta_grad, bias_grad = _normalize_backward(z, grad, bias, gamma, mean, rstd, ctx.gelu)
