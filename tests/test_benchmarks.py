@@ -57,13 +57,12 @@ def test_train_step_times_training_and_evaluation(tmp_path):
     path = tmp_path / "steps.csv"
     options = ["--model", "convmixer_128_4", "--batch-size", "2", "--repeats", "1", "--precision", "fp32"]
     avx2 = ["--march", "haswell"] if platform.machine() == "x86_64" else ["--march", "native"]
-    for extra in ([], ["--evaluate"], avx2):
+    for extra in (["--evaluate"], avx2):
         command = [sys.executable, BENCHMARKS / "train_step.py", *options, "--settings", "timm", "ours", *extra]
         subprocess.run([*command, "--csv", path], check=True, capture_output=True)
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["loop"] for row in rows[::2]] == ["training", "evaluation", "training"]
-    assert [row["code"] for row in rows[::2]] == ["native", "native", avx2[1]]
+    assert [(row["loop"], row["code"]) for row in rows[::2]] == [("evaluation", "native"), ("training", avx2[1])]
     assert all(float(row["images_per_s"]) > 0 for row in rows)
 
 

@@ -114,6 +114,6 @@ def test_import_is_silent():
 
 
 def test_import_is_cheap():
-    code = "import time, timm; t = time.perf_counter(); import convmixer_timm; print(time.perf_counter() - t)"
-    seconds = [float(run_python(code).stdout) for _ in range(5)]
-    assert min(seconds) < 0.05  # the others had to wait for something else
+    code = "import time, timm; t = time.process_time(); import convmixer_timm; print(time.process_time() - t)"
+    seconds = [float(run_python(code).stdout) for _ in range(2)]  # of the processor, whoever else uses the machine
+    assert min(seconds) < 0.05

@@ -18,7 +18,7 @@ from convmixer_timm.inference.optimize import unavailable
 
 from ..conftest import IMAGES
 from .server import HubServer, Repo
-from .test_publish import environment
+from .test_publish import Client, environment
 
 SOURCE = WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"
 SHIP = str(IMAGES / "ship/0000.png")
@@ -74,18 +74,17 @@ def test_a_hub_that_does_not_answer_in_time(monkeypatch):
         download.download("ann/x")
 
 
-@pytest.mark.parametrize(
-    "status, message",
-    [
+def test_what_the_hub_answers_is_not_the_network(server, tmp_path):
+    client = Client(server, tmp_path / "home")
+    for status, message in [
         (503, "ann/cifar is not in the cache, and the Hub answered 503"),
         (403, "the token may not read that: take another"),
         (401, "the token is wrong or expired: run `hf auth login`"),
-    ],
-)
-def test_what_the_hub_answers_is_not_the_network(status, message, server, tmp_path, monkeypatch):
-    server.fail("metadata", status)
-    code, _, err = predict(server, tmp_path / "home")
-    assert code == 1 and message in err.splitlines()[-1] and "can't be reached" not in err
+    ]:
+        server.fail("metadata", status)
+        line = client.fails("predict", SHIP, "--model", "hf-hub:ann/cifar")
+        assert message in line and "can't be reached" not in line
+    client.stop()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """timm's scripts see the pictures that predicting sees."""
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -58,16 +59,22 @@ if __name__ == "__main__":
     data = create_dataset("", root=folder, input_img_mode=mode)
     data.transform = PILToTensor()
     assert data.reader.class_to_idx == {"a": 0, "b": 1}
-    loader = DataLoader(data, batch_size=None, num_workers=bool(start), multiprocessing_context=start)
+    worker = dict(num_workers=1, persistent_workers=True, multiprocessing_context=start) if start else {}
+    loader = DataLoader(data, batch_size=None, **worker)
     for _ in range(2):
         for image, target in loader:
             print(target, hashlib.sha256(image.numpy().tobytes()).hexdigest())
 """
 
 
-@pytest.mark.parametrize("start", ["none", "fork", "spawn"])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("keep", ["keep", "read again"])
+@pytest.mark.parametrize(
+    "start, mode, keep",
+    [
+        *itertools.product(("none", "fork"), ("RGB", "L"), ("keep", "read again")),
+        ("spawn", "RGB", "keep"),
+        ("spawn", "L", "read again"),
+    ],
+)
 def test_the_same_pixels_in_every_process_and_epoch(start, mode, keep, folder):
     names = create_dataset("", root=str(folder)).filenames(absolute=True)
     assert len(names) == 8
