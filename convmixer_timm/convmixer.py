@@ -344,13 +344,7 @@ WEIGHTS_DIR = next(
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def _weights_file(name: str) -> str:
-    return str(WEIGHTS_DIR / name / "model.safetensors")
-
-
-def _cifar10_cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
-    if file:
-        kwargs["file"] = _weights_file(file)
+def _cifar10_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(
         **{
             "num_classes": 10,
@@ -367,7 +361,7 @@ def _cifar10_cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
 def _bundled(name: str) -> dict[str, Any]:
     """The weights' file of a bundled checkpoint, and its classes' names, which stand beside it."""
     config = json.loads((WEIGHTS_DIR / name / "config.json").read_text(encoding="utf-8"))
-    return {"file": _weights_file(name), "label_names": tuple(config["label_names"])}
+    return {"file": str(WEIGHTS_DIR / name / "model.safetensors"), "label_names": tuple(config["label_names"])}
 
 
 # Trained on crops of 28 of the 32 pixels that are never resized, and classifies the middle 28.
@@ -378,8 +372,8 @@ default_cfgs = generate_default_cfgs(
         "convmixer_1536_20.in1k": _cfg(hf_hub_id="timm/"),
         "convmixer_768_32.in1k": _cfg(hf_hub_id="timm/"),
         "convmixer_1024_20_ks9_p14.in1k": _cfg(hf_hub_id="timm/"),
-        "convmixer_256_8.e100_cifar10": _cifar10_cfg(file="convmixer_256_8.e100_cifar10"),
-        "convmixer_256_8.e25_cifar10": _cifar10_cfg(file="convmixer_256_8.e25_cifar10"),
+        "convmixer_256_8.e100_cifar10": _cifar10_cfg(**_bundled("convmixer_256_8.e100_cifar10")),
+        "convmixer_256_8.e25_cifar10": _cifar10_cfg(**_bundled("convmixer_256_8.e25_cifar10")),
         "convmixer_256_8_ks7_p2": _cifar10_cfg(),
         "convmixer_256_8_ks7_p4.e10_tiny_imagenet": _cfg(
             num_classes=200,
@@ -389,8 +383,8 @@ default_cfgs = generate_default_cfgs(
         ),
         "convmixer_256_8_ks9_p1": _cifar10_cfg(),
         "convmixer_256_16_ks9_p1": _cifar10_cfg(),
-        "convmixer_128_8.e25_cifar10": _cifar10_cfg(file="convmixer_128_8.e25_cifar10", **_MIDDLE),
-        "convmixer_128_4.e25_cifar10": _cifar10_cfg(file="convmixer_128_4.e25_cifar10", **_MIDDLE),
+        "convmixer_128_8.e25_cifar10": _cifar10_cfg(**_bundled("convmixer_128_8.e25_cifar10"), **_MIDDLE),
+        "convmixer_128_4.e25_cifar10": _cifar10_cfg(**_bundled("convmixer_128_4.e25_cifar10"), **_MIDDLE),
     }
 )
 
