@@ -263,13 +263,19 @@ def convert(source: str | Path, target: str | Path) -> tuple[Shape, str]:
 
     Raises:
         FileNotFoundError: If there is no `source`.
-        ValueError: If `source` can't be read or is no ConvMixer, or if `target` doesn't end in ``.safetensors``.
+        ValueError: If `source` can't be read, is no ConvMixer or a part of one, or if `target` doesn't end in
+            ``.safetensors``.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
         raise ValueError(f"The output must end in .safetensors, got {target}")
     state_dict, layout = to_timm_layout(read_checkpoint(source))
     shape = Shape.of(state_dict)
+    inner = {m[1] for key in state_dict if (m := re.match(r"blocks\.\d+\.(.*)", key))}
+    expected = [f"blocks.{i}.{rest}" for i in range(shape.depth) for rest in sorted(inner)]
+    expected += ["stem.0.bias", *["head.bias"] * bool(shape.num_classes)]
+    if lost := [key for key in expected if key not in state_dict]:
+        raise ValueError(f"{source} is not whole: it lacks {', '.join(lost[:3])}" + ", …" * (len(lost) > 3))
     if odd := [key for key, value in state_dict.items() if value.layout != torch.strided or value.is_quantized]:
         raise ValueError(f"{source} has tensors that are no plain ones: {', '.join(odd[:3])}")
     with atomic_path(target) as temporary:

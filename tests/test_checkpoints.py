@@ -228,6 +228,16 @@ def test_convert_names_what_is_wrong(content, target, message, tmp_path, capsys)
     assert (tmp_path / target).read_text() == "old"
 
 
+def test_a_part_of_a_model_is_not_converted(tmp_path, capsys):
+    whole = ConvMixer(16, 3, 3, 2, num_classes=2).state_dict()
+    for lost in ("blocks.1.", "head.bias", "stem.0.bias"):
+        part = {key: value for key, value in whole.items() if not key.startswith(lost)}
+        save_file(part, tmp_path / "part.safetensors")
+        assert main(["convert", str(tmp_path / "part.safetensors"), str(tmp_path / "out.safetensors")]) == 1
+        assert f"is not whole: it lacks {lost}" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 PREFIXES = ["", "module.", "model.", "net.", "model._orig_mod.", "_orig_mod.module.", "1.", "backbone."]
 WRAPPERS = [(), ("net",), ("state_dict",), ("model_state_dict",), ("model", "state_dict"), ("state_dict_ema",)]
 WRAPPERS += [("checkpoint",), ("state", "model")]

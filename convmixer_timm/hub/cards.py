@@ -119,7 +119,7 @@ def make_card(
     if evaluation:
         figures = {f"top-{k}": f"{value:.2f}" for k, value in _accuracies(evaluation).items()}
         columns = {**figures, "measured on": evaluation.data}
-        lines = (columns, columns.values())
+        lines = (columns, [text.replace("|", "\\|") for text in columns.values()])
         head, row = (f"| {' | '.join(line)} |" for line in lines)
         parts.append(f"{head}\n{'|---' * len(columns)}|\n{row}")
     else:
@@ -182,8 +182,8 @@ from transformers import pipeline
 classify = pipeline("image-classification", model="{repo_id}"{at})
 ```
 
-Without the first import timm says `Unknown model`, and transformers that the architecture is not supported in your
-version of timm."""
+Without the first import timm knows its own architectures only: of others it says `Unknown model`, and transformers
+that they are not supported in your version of timm."""
 
 
 def _accuracies(evaluation: Evaluation) -> dict[int, float]:
@@ -280,16 +280,26 @@ def merge_cards(new: str, old: str) -> str:
         names = (f"`hf-hub:{base}", f"`{base.rpartition('/')[2]}`")
         started = any(f"from the weights of {name}" in theirs.text for name in names)
         measured = {result.dataset_type for result in getattr(theirs.data, "eval_results", None) or ()}
-        kept["datasets"] = [name for name in listed(kept.get("datasets")) if name not in measured]
+        learned = re.search(r"^Trained for \d+ epochs? on ([^\s,]+)", theirs.text, re.MULTILINE)
+        if learned:  # "cifar10" is the Hub's uoft-cs/cifar10
+            measured |= {name for name in map(str, listed(kept.get("datasets"))) if _is_named(name, learned[1])}
+        kept["datasets"] = [name for name in listed(kept.get("datasets")) if str(name) not in measured]
     for key in ("model-index", *(("base_model", "base_model_relation") if started or "base_model" in ours else ())):
         kept.pop(key, None)
     merged = {**ours, **kept, "library_name": ours["library_name"]}
     for key in ("tags", "datasets"):
-        both = dict.fromkeys([*listed(ours.get(key)), *listed(kept.get(key))])  # a set that keeps the order
+        both = listed(ours.get(key))
+        both += [name for name in listed(kept.get(key)) if name not in both]
         merged.pop(key, None)
         if both:
-            merged[key] = list(both)
+            merged[key] = both
     return compose_card(ModelCardData(**merged), text)
+
+
+def _is_named(dataset: str, words: str) -> bool:
+    """Whether a card's words for what was trained on mean a dataset of the Hub."""
+    owner, _, name = dataset.rpartition("/")
+    return words.rstrip(".") in (name, dataset) or f"{owner}/{words}" == dataset.removesuffix("-1k")
 
 
 def adopt_card(own: str, generated: str) -> str:

@@ -37,6 +37,7 @@ from ..errors import (
 from ..files import files_below, sha256
 from ..version import version
 from .cards import is_marked, link_page, merge_cards
+from ..web.page import is_part
 from .packing import pack
 from .sources import read_source
 from .space import build_space, is_untouched, merge_space_cards, space_url
@@ -63,6 +64,7 @@ class Publication:
         sent: Whether the Hub has it now; not after a dry run.
         url: The commit's or the pull request's page.
         changed: Whether there was anything new to send.
+        private: Whether the repository is; its page is then too, as it holds the weights.
         page: The same of its page, where that was asked for.
     """
 
@@ -71,6 +73,7 @@ class Publication:
     sent: bool = False
     url: str = ""
     changed: bool = False
+    private: bool = False
     page: "Publication | None" = None
 
     def report(self) -> list[str]:
@@ -114,7 +117,7 @@ def publish(
         repo_id: OWNER/NAME; made where it isn't there.
         architecture: Variant, for a checkpoint file.
         labels: Names of the classes, where the source doesn't tell them.
-        private: Make a new repository private; one that exists stays as it is.
+        private: Make a new repository private; one that exists stays as it is. Its page is as private as the model.
         revision: Branch, made where it isn't there; main by default.
         create_pr: Open a pull request instead of writing to the branch.
         tag: Name for the commit.
@@ -136,12 +139,12 @@ def publish(
     if page and (create_pr or revision):
         raise ValueError("a page shows the model of the main branch: leave out --revision and --create-pr, or --page")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / repo_id.split("/")[1]
+        folder = Path(temporary) / "model" / repo_id.split("/")[1]
         load_name = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
         found = read_source(Path(source), architecture, labels)
         pack(found, folder, load_name)
         _compare(found.model, folder)
-        space = Path(temporary) / "space" / folder.name
+        space = Path(temporary) / "page" / folder.name
         if page:
             build_space(folder, space, repo_id)
             card = folder / "README.md"
@@ -157,7 +160,7 @@ def publish(
         api = HfApi(library_name="convmixer-timm", library_version=version())
         sent = _send(api, folder, repo_id, private, revision, create_pr, tag)
         if page:
-            sent = replace(sent, page=_send(api, space, repo_id, private, repo_type="space"))
+            sent = replace(sent, page=_send(api, space, repo_id, sent.private, repo_type="space"))
         return sent
 
 
@@ -238,8 +241,8 @@ def _send(
 
     # What an earlier publication left of another run, which would stand beside these weights as theirs.
     here = files_below(folder)
-    replaced = {file.rfilename for file in there.siblings or ()} if is_marked(old) and not space else set()
-    stale = sorted(replaced & _OF_A_RUN - here.keys())
+    others = [file.rfilename for file in there.siblings or () if file.rfilename not in here] if is_marked(old) else []
+    stale = [name for name in others if (is_part(name) if space else name in _OF_A_RUN)]
 
     def commit() -> Any:
         operations: list[Any] = [CommitOperationAdd(name, path) for name, path in here.items()]
@@ -262,7 +265,8 @@ def _send(
             api.create_tag(repo_id, tag=tag, revision=info.oid)
         except NETWORK as error:
             raise HubError(_advice(error, repo_id, "The checkpoint is published; only its tag is missing")) from error
-    return _publication(folder, sent=True, url=info.pr_url or info.commit_url, changed=changed)
+    url = info.pr_url or info.commit_url
+    return _publication(folder, sent=True, url=url, changed=changed, private=bool(there.private))
 
 
 def _holds(api: HfApi, repo_id: str, commit: str, folder: Path) -> bool:
@@ -283,7 +287,7 @@ def _read(repo_id: str, name: str, commit: str, repo_type: str) -> str | None:
     with tempfile.TemporaryDirectory() as cache:
         try:
             file = hf_hub_download(repo_id, name, revision=commit, cache_dir=cache, repo_type=repo_type)
-            return Path(file).read_text(encoding="utf-8")
+            return Path(file).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"its {name} is no text in UTF-8, mend it first") from error
         except LocalEntryNotFoundError as error:  # the Hub didn't answer, and this cache is empty

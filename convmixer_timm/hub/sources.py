@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import re
 from argparse import Namespace
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from ..checkpoints import Shape, StateDict, check_sizes, checkpoint_filter_fn, r
 from ..convmixer import CIFAR10_LABELS, ConvMixer
 from ..errors import one_line
 from ..files import as_text
+from ..images import data_config
 from ..inference.loading import check_labels, check_preprocessing, load_folder, split_name
 from ..training.record import FILE, Model, Record, describe_model
 from .cards import Evaluation, Training
@@ -26,7 +28,10 @@ __all__ = ["Source", "read_checkpoint_file", "read_run", "read_source"]
 FILES = ("README.md", "args.yaml", "config.json", "model.safetensors", "summary.csv")
 PICTURES = ".png"
 
-_PATHS = ("data", "data_dir", "output", "config", "initial_checkpoint", "pretrained_path", "class_map")
+_PATHS = (
+    "data", "data_dir", "train_split", "val_split", "output", "experiment", "config", "initial_checkpoint",
+    "pretrained_path", "class_map",
+)  # fmt: skip
 _READERS = ("hfds", "hfids", "tfds", "torch", "wds")
 # Where the Hub keeps torchvision's data sets.
 _ON_HUB = {
@@ -98,6 +103,8 @@ def read_source(path: Path, architecture: str | None = None, labels: list[str] |
         raise FileNotFoundError(f"no such folder or file: {path}")
     if architecture:
         _check_variant(architecture)
+    if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
+        path = path.parent
     if (path / "config.json").is_file():
         source = _read_folder(path, labels)
     elif _is_run(path):
@@ -129,10 +136,14 @@ def _read_folder(folder: Path, labels: list[str] | None) -> Source:
     files = {path.name: path for path in sorted(folder.iterdir())}
     taken = {name: path for name, path in files.items() if name in FILES or path.suffix == PICTURES}
     card = taken.pop("README.md", None)
+    try:
+        text = card.read_text(encoding="utf-8-sig") if card else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{card} is no text in UTF-8, mend it first") from error
     return Source(
         model,
         files={name: path.read_bytes() for name, path in taken.items()},
-        card=card.read_text(encoding="utf-8") if card else "",
+        card=text,
         left_out=tuple(sorted(files.keys() - taken.keys() - {"README.md"})),
     )
 
@@ -148,6 +159,7 @@ def read_checkpoint_file(file: Path, architecture: str, labels: list[str] | None
     _check_variant(architecture)
     state_dict, _ = to_timm_layout(read_checkpoint(file))
     model = _model(file, architecture, {}, state_dict)
+    model.pretrained_cfg.update({key: data_config(model)[key] for key in ("input_size", "mean", "std")})
     return Source(model, _fitting(labels, model))
 
 
@@ -234,7 +246,7 @@ def read_run(
         evaluation,
         files={
             "args.yaml": yaml.safe_dump(_portable(args), allow_unicode=True).encode(),
-            "summary.csv": (run / "summary.csv").read_bytes(),
+            "summary.csv": _as_csv(rows),
         },
     )
 
@@ -318,10 +330,23 @@ def _is_best(row: dict[str, str], rows: list[dict[str, str]], args: dict[str, An
 
 def _summary(file: Path) -> list[dict[str, str]]:
     with file.open(newline="", encoding="utf-8", errors="replace") as lines:
-        rows = [row for row in csv.DictReader(lines) if (row.get("epoch") or "").isdigit()]
+        rows: list[dict[str, str]] = []
+        for row in csv.DictReader(lines):
+            # A run that goes on from an earlier epoch repeats those after it; the older ones' weights are gone.
+            if (row.get("epoch") or "").isdigit():
+                rows = [*(other for other in rows if int(other["epoch"]) < int(row["epoch"])), row]
     if not rows:
         raise ValueError(f"{file} has no finished epoch")
     return rows
+
+
+def _as_csv(rows: list[dict[str, str]]) -> bytes:
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row if name)
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def _portable(args: dict[str, Any]) -> dict[str, Any]:
@@ -330,16 +355,17 @@ def _portable(args: dict[str, Any]) -> dict[str, Any]:
     if file := _overlay(args).get("file"):
         overlay = {**_overlay(args), "file": Path(file).name}
         short["model_kwargs"] = {**args["model_kwargs"], "pretrained_cfg_overlay": overlay}
-    return short | {"model": _without_folders(args["model"]), "resume": ""}
+    short |= {k: _without_folders(args[k]) for k in ("model", "kd_model_name") if args.get(k)}
+    return short | {"resume": ""}
 
 
 def _data(record: Record | None, args: dict[str, Any], split: str) -> str:
     """What was trained or measured on, in words."""
     name = record.data.name if record else args["dataset"]
     reader, _, rest = name.partition("/")
-    name = (rest if reader in _READERS else name) or Path(args["data_dir"] or args["data"] or "images").name
+    name = (rest if reader in _READERS else name) or Path(args["data_dir"] or args["data"] or "").name or "images"
     # Of these torchvision gives the test images for whatever is not called training.
-    part = args["val_split"]
+    part = Path(args["val_split"]).name
     if reader == "torch" and name.lower().endswith(("cifar10", "cifar100", "mnist")) and "train" not in part:
         part = "test"
     told = f"{name}, {part}" if split == "validation" else name

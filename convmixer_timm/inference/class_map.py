@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..images import data_config
+from .loading import evaluating
 
 __all__ = ["ClassMap", "has_class_map"]
 
@@ -36,7 +37,8 @@ def has_class_map(model: Any) -> bool:
         return False
     images = torch.randn(2, *data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
     try:
-        logits, maps = ClassMap(model.eval())(images)
+        with evaluating(model):
+            logits, maps = ClassMap(model)(images)
     except (RuntimeError, TypeError):  # features or pooled ones of another shape
         return False
     if logits.shape != maps.shape[:2]:

@@ -15,7 +15,7 @@ import torch.nn as nn
 from ..files import folder_beside
 from ..images import data_config
 from .class_map import ClassMap
-from .loading import check_labels, check_model, class_names
+from .loading import check_labels, check_model, class_names, evaluating
 from .optimize import TOLERANCES, calibration_batches, onnx_program, openvino_model, quantized, quiet, unavailable
 
 __all__ = ["FORMATS", "export"]
@@ -101,15 +101,15 @@ def export(
     if precision == "int8":
         size = tuple(config["input_size"])
         batches = list(calibration_batches(model, calibration, size, None if dynamic_batch else 1))
-    network = ClassMap(model.eval()) if class_map else model.eval()
-    with folder_beside(target) as temporary, quiet():
+    network = ClassMap(model) if class_map else model
+    with folder_beside(target) as temporary, quiet(), evaluating(network):
         file = temporary / target.name
         write, load = _FORMATS[format]
         write(_Task(network, example, precision, dynamic_batch, batches, metadata), file)
         # int8 is made for real images, and one of them tells little of how far off it is.
         images = torch.cat(batches)[:_COMPARED] if batches else example
         _compare(network, load(file), images.split(len(images) if dynamic_batch else 1), precision)
-        for part in sorted(temporary.iterdir(), reverse=True):  # OpenVINO's .xml last: it names the .bin
+        for part in sorted(temporary.iterdir()):  # OpenVINO's .xml last: it needs the .bin
             os.replace(part, target.with_suffix(part.suffix))
     return metadata
 

@@ -1,8 +1,10 @@
 """A pretrained model by its name, and what its classes are called."""
 
+import contextlib
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ __all__ = [
     "check_module",
     "check_preprocessing",
     "class_names",
+    "evaluating",
     "load_folder",
     "load_model",
     "read_labels",
@@ -61,6 +64,18 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} is no classifier of timm's, it has no {missing[0]}: give the model inside it, as "
             "load_model or timm.create_model makes it"
         )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Has a model in evaluation mode for a while; each of its layers gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -1,6 +1,5 @@
 """Images to class names and probabilities."""
 
-import contextlib
 import numbers
 import os
 import sys
@@ -15,7 +14,7 @@ from PIL import Image
 
 from ..errors import one_line
 from ..images import ImageError, find_images, image_loader
-from .loading import check_model, class_names
+from .loading import check_model, class_names, evaluating
 
 __all__ = ["predict", "predict_files"]
 
@@ -62,7 +61,7 @@ def predict(
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))  # device and precision
 
     def run(batch: list[tuple[Any, torch.Tensor]]) -> Iterator[tuple[Any, Classes]]:
-        with torch.inference_mode(), _evaluating(model):
+        with torch.inference_mode(), evaluating(model):
             logits = model(torch.stack([image for _, image in batch]).to(like))
         if logits.shape[1:] != (len(names),):
             raise ValueError(
@@ -96,17 +95,6 @@ def _each(images: Any) -> Iterator[Any]:
             yield from find_images([Path(image)])
         else:
             yield image
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def predict_files(

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable
 from html import escape
@@ -26,7 +27,7 @@ from ..inference.class_map import has_class_map
 from ..inference.export import export
 from ..inference.loading import load_model, split_name
 
-__all__ = ["ONNXRUNTIME_WEB", "page"]
+__all__ = ["ONNXRUNTIME_WEB", "is_part", "page"]
 
 # The version that the page was tested with, and the SHA-384 of its files in the npm package, which the CDN serves as
 # they are. Each engine has a script and a binary.
@@ -43,7 +44,6 @@ _INTEGRITY = {
     "ort-wasm-simd-threaded.wasm": "sha384-vjBJ1z7qrhkTyYsNqKeF6c7N+nOJSU94czEo+tvZcu8G75JparGq9kB+kTnEUNVM",
 }
 _SOURCES = ("index.html", "page.js", "page.css")
-_PARTS = (*_SOURCES, "model.onnx", "examples", "runtime")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")
 _MARK = '<meta name="generator" content="convmixer-timm">'
 _EXAMPLE_PIXELS = 1024  # the longer side of an example image
@@ -133,6 +133,16 @@ def page(
         return {name: path.stat().st_size for name, path in files_below(temporary).items()}
 
 
+def is_part(name: str) -> bool:
+    """Whether a path in a page's folder is one that `page` writes; a folder's ends in a slash."""
+    folder, _, file = name.rpartition("/")
+    if not folder:
+        return name in (*_SOURCES, "model.onnx")
+    if folder == "examples":
+        return re.fullmatch(r"(\d+\.(png|jpg))?", file) is not None
+    return folder == "runtime" and file in ("", *_INTEGRITY)
+
+
 def _source(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
@@ -144,8 +154,9 @@ def _check_target(target: Path) -> None:
         return
     index = target / "index.html"
     ours = index.is_file() and _MARK in index.read_text(encoding="utf-8", errors="replace")
-    if others := sorted(path.name for path in target.iterdir() if not ours or path.name not in _PARTS):
-        raise ValueError(f"{target} holds {others[0]}, which is no part of an earlier page: name a new folder")
+    within = (path.relative_to(target).as_posix() + "/" * path.is_dir() for path in sorted(target.rglob("*")))
+    if other := next((name for name in within if not (ours and is_part(name))), None):
+        raise ValueError(f"{target} holds {other}, which is no part of an earlier page: name a new folder")
     if target == Path.cwd():
         raise ValueError("the page replaces its folder as a whole: name another one than the current")
 
@@ -228,7 +239,7 @@ def _facts(name: str, model: Any, metadata: dict[str, Any], link: str | None) ->
     ]
     datasets = getattr(data, "datasets", None)
     if datasets:
-        facts.append(("Learned from", escape(", ".join([datasets] if isinstance(datasets, str) else datasets))))
+        facts.append(("Learned from", escape(", ".join(map(str, datasets if isinstance(datasets, list) else [datasets])))))
     top1 = next((r for r in getattr(data, "eval_results", None) or () if r.metric_name == "Top 1 Accuracy"), None)
     if top1:
         facts.append(("Top-1 accuracy", escape(f"{top1.metric_value} %, on {top1.dataset_name}")))
@@ -260,7 +271,8 @@ def _card(name: str, model: Any) -> ModelCard | None:
     """The model's card; None where it has none that can be read."""
     scheme, location = split_name(name)
     repo_id, revision = _hub_id(name, model)
-    with contextlib.suppress(OSError, HTTPError, ValueError, yaml.YAMLError):
+    # What people wrote at its top may be anything.
+    with contextlib.suppress(OSError, HTTPError, ValueError, TypeError, AttributeError, yaml.YAMLError):
         if repo_id:
             card: ModelCard = ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision or None))
             return card

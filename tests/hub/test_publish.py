@@ -545,6 +545,19 @@ def test_prediction_verification_and_damage(server, published, fresh, client):
     assert predict(fresh, published)[0] == 0  # downloaded again
 
 
+def test_a_cache_without_links(published, fresh):
+    """As a copy of one, or that of a file system that has none: its files' names don't tell their hashes."""
+    assert predict(fresh, published)[0] == 0
+    shutil.copytree(fresh.home / "hub", fresh.home / "copy")
+    shutil.rmtree(fresh.home / "hub")
+    (fresh.home / "copy").rename(fresh.home / "hub")
+    assert fresh("verify", published)[0] == 0
+    (config,) = (fresh.home / "hub").rglob("config.json")
+    config.write_text("{")
+    code, out, _ = fresh("verify")
+    assert code == 1 and f"FAILED  {published}: {config} doesn't describe a model" in out
+
+
 def test_faults_while_loading(server, published, fresh):
     server.fail("resolve", "wrong hash")
     assert "damaged" in fresh.fails("predict", "--model", published, IMAGES / "ship")

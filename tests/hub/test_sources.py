@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 import convmixer_timm
 from convmixer_timm.cli import main
 from convmixer_timm.convmixer import WEIGHTS_DIR
-from convmixer_timm.hub.cards import merge_cards
+from convmixer_timm.hub.cards import BEGIN, END, merge_cards
 from convmixer_timm.hub.packing import pack
 from convmixer_timm.hub.sources import read_run, read_source
 from convmixer_timm.training.record import Record
@@ -267,3 +267,63 @@ def test_packed_arguments_train_it_again(tmp_path):
         "insects",
         "",
     )
+
+
+def test_a_history_with_epochs_that_were_run_again(tmp_path):
+    """As ``train.py`` alone writes it when it goes on from an earlier checkpoint; older ones repeat the header too."""
+    run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2)  # its checkpoint is of epoch 9
+    lines = (run / "summary.csv").read_text().splitlines()
+    again = lines[10].replace(lines[10].split(",")[lines[0].split(",").index("eval_top1")], "12.5")
+    (run / "summary.csv").write_text("\n".join([*lines, lines[0], lines[9], again, ""]))
+    source = read_run(run)
+    assert (source.evaluation.top1, source.training.epochs) == (12.5, 10)
+    pack(source, tmp_path / "packed")  # with its curve
+    with (tmp_path / "packed/summary.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == [str(i) for i in range(10)]
+
+
+def test_the_weights_of_a_packed_folder_are_the_folder(tmp_path):
+    source = read_source(WEIGHTS_DIR / "convmixer_128_4.e25_cifar10/model.safetensors")
+    assert source.card and "summary.csv" in source.files
+
+
+def test_a_card_of_another_editor(tmp_path):
+    packed = tmp_path / "packed"
+    pack(read_source(WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"), packed)
+    text = "---\nlicense: cc-by-nc-4.0\n---\n# mine\n"
+    (packed / "README.md").write_text(text, encoding="utf-8-sig")
+    pack(read_source(packed), tmp_path / "again")
+    card = ModelCard.load(tmp_path / "again/README.md")
+    assert card.data.license == "cc-by-nc-4.0" and "license" not in card.text
+    (packed / "README.md").write_text("größer", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"README.md is no text in UTF-8, mend it first"):
+        read_source(packed)
+
+
+def test_a_file_of_grey_images(tmp_path):
+    model = timm.create_model("convmixer_128_4", num_classes=2, in_chans=1)
+    torch.save(model.state_dict(), tmp_path / "grey.pth")
+    pack(read_source(tmp_path / "grey.pth", "convmixer_128_4"), tmp_path / "packed")
+    loaded = convmixer_timm.load_model(f"local-dir:{tmp_path / 'packed'}")
+    assert loaded.pretrained_cfg["input_size"][0] == len(loaded.pretrained_cfg["mean"]) == 1
+
+
+def test_folders_of_the_machine_stay_on_it(tmp_path):
+    elsewhere = {"train_split": "/home/me/train", "val_split": "/home/me/val", "experiment": "/home/me/runs/a"}
+    teacher = {"kd_model_name": "local-dir:/home/me/teacher"}
+    run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2, **elsewhere, **teacher)
+    source = read_run(run)
+    assert b"/home" not in source.files["args.yaml"] and "/home" not in source.evaluation.data
+
+
+def test_a_data_set_of_an_earlier_publish_goes():
+    def card(name, dataset, own=""):
+        datasets = f"datasets:\n- {dataset}\n{own}" if dataset else ""
+        return f"---\nlibrary_name: timm\n{datasets}---\n\n{BEGIN}\n\n# m\n\nTrained for 25 epochs on {name}.\n\n{END}\n"
+
+    merged = merge_cards(card("insects", ""), card("cifar10, 50,000 images", "uoft-cs/cifar10", "- my/own\n"))
+    assert ModelCard(merged).data.datasets == ["my/own"]
+    merged = merge_cards(card("insects", ""), card("cifar10", "my/cifar10-corrupted"))
+    assert ModelCard(merged).data.datasets == ["my/cifar10-corrupted"]
+    odd = card("insects", "").replace("library_name: timm", "library_name: timm\ndatasets: {a: 1}")
+    assert "insects" in merge_cards(card("insects", ""), odd)

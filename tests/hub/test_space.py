@@ -6,6 +6,7 @@ from huggingface_hub import ModelCard, SpaceCard
 from convmixer_timm.inference.optimize import unavailable
 
 from .server import Repo
+from .test_packing import make_run
 from .test_publish import PICTURES, SOURCE, Client, client, mended, server  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.skipif(unavailable("onnxruntime") is not None, reason=str(unavailable("onnxruntime")))
@@ -151,3 +152,28 @@ def test_private_and_dry_run(server, client):  # noqa: F811
     assert server.repos["ann/secret"].private and server.repos["spaces:ann/secret"].private
     error = client.fails("publish", SOURCE, "--repo-id", "ann/x", "--page", "--revision", "b")
     assert "leave out --revision and --create-pr, or --page" in error
+
+
+def test_a_private_models_page_is_private(server, client):  # noqa: F811
+    assert client("publish", SOURCE, "--repo-id", "ann/hidden", "--private")[0] == 0
+    assert client("publish", SOURCE, "--repo-id", "ann/hidden", "--page")[0] == 0
+    assert server.repos["ann/hidden"].private and server.repos["spaces:ann/hidden"].private
+    # One that is public already gets nothing of it.
+    assert client("publish", SOURCE, "--repo-id", "ann/shown", "--page")[0] == 0
+    server.repos["ann/shown"].private = True
+    head = server.repos["spaces:ann/shown"].branches["main"]
+    assert "the Space ann/shown is there and public" in client.fails(
+        "publish", SOURCE, "--repo-id", "ann/shown", "--page"
+    )
+    assert server.repos["spaces:ann/shown"].branches["main"] == head
+
+
+def test_another_models_page_keeps_no_pictures_of_the_last(server, client, tmp_path):  # noqa: F811
+    assert client("publish", SOURCE, "--repo-id", "ann/space", "--page")[0] == 0
+    assert not any("/" in name for name in server.files("ann/space"))  # whatever the repository is called
+    space = server.repos["spaces:ann/space"]
+    table = {**space.commits[space.branches["main"]], "examples/mine.png": server.store(b"somebody's own")}
+    space.branches["main"] = space.add(table)
+    run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2)
+    assert client("publish", run, "--repo-id", "ann/space", "--page")[0] == 0
+    assert {name for name in server.files("spaces:ann/space") if "/" in name} == {"examples/mine.png"}

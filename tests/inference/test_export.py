@@ -162,3 +162,15 @@ def test_calibration_batches_of_any_size_for_one_image_at_a_time(tmp_path):
     images = torch.cat(list(calibration_batches(model, IMAGES)))
     export(model, tmp_path / "m.xml", "openvino", "int8", calibration=images.split(20))
     assert (tmp_path / "m.bin").is_file()
+
+
+@pytest.mark.parametrize("format, name", [("onnx", "a.onnx"), ("torch-export", "a.pt2")])
+def test_a_model_in_training_stays_in_training(format, name, tmp_path):
+    if format == "onnx" and (reason := unavailable("onnxruntime")):
+        pytest.skip(reason)
+    model = timm.create_model("convmixer_128_4", num_classes=4, drop_rate=0.5).train()
+    model.stem.eval()  # frozen by its owner
+    modes = [module.training for module in model.modules()]
+    export(model, tmp_path / name, format, class_map=format == "onnx")
+    assert has_class_map(model)
+    assert [module.training for module in model.modules()] == modes

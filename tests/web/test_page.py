@@ -187,6 +187,12 @@ def test_older_page_is_replaced_and_nothing_else(folder, tmp_path, capsys):
     assert main(["page", model, "-o", str(target)]) == 1
     assert "holds CNAME, which is no part of an earlier page" in capsys.readouterr().err
     assert (target / "CNAME").read_text() == "example.org"
+    (target / "CNAME").unlink()
+    (target / "examples").mkdir()
+    (target / "examples/mine.txt").write_text("mine")
+    assert main(["page", model, "-o", str(target)]) == 1
+    assert "holds examples/mine.txt, which is no part" in capsys.readouterr().err
+    assert (target / "examples/mine.txt").read_text() == "mine"
 
     mine = tmp_path / "mine"
     mine.mkdir()
