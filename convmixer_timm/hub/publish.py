@@ -36,8 +36,8 @@ from ..errors import (
 )
 from ..files import files_below, sha256
 from ..version import version
-from .cards import is_marked, link_page, merge_cards
 from ..web.page import is_part
+from .cards import is_marked, link_page, merge_cards
 from .packing import pack
 from .sources import read_source
 from .space import build_space, is_untouched, merge_space_cards, space_url

@@ -239,7 +239,8 @@ def _facts(name: str, model: Any, metadata: dict[str, Any], link: str | None) ->
     ]
     datasets = getattr(data, "datasets", None)
     if datasets:
-        facts.append(("Learned from", escape(", ".join(map(str, datasets if isinstance(datasets, list) else [datasets])))))
+        several = datasets if isinstance(datasets, list) else [datasets]
+        facts.append(("Learned from", escape(", ".join(map(str, several)))))
     top1 = next((r for r in getattr(data, "eval_results", None) or () if r.metric_name == "Top 1 Accuracy"), None)
     if top1:
         facts.append(("Top-1 accuracy", escape(f"{top1.metric_value} %, on {top1.dataset_name}")))

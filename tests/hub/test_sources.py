@@ -319,7 +319,8 @@ def test_folders_of_the_machine_stay_on_it(tmp_path):
 def test_a_data_set_of_an_earlier_publish_goes():
     def card(name, dataset, own=""):
         datasets = f"datasets:\n- {dataset}\n{own}" if dataset else ""
-        return f"---\nlibrary_name: timm\n{datasets}---\n\n{BEGIN}\n\n# m\n\nTrained for 25 epochs on {name}.\n\n{END}\n"
+        text = f"{BEGIN}\n\n# m\n\nTrained for 25 epochs on {name}.\n\n{END}"
+        return f"---\nlibrary_name: timm\n{datasets}---\n\n{text}\n"
 
     merged = merge_cards(card("insects", ""), card("cifar10, 50,000 images", "uoft-cs/cifar10", "- my/own\n"))
     assert ModelCard(merged).data.datasets == ["my/own"]
