@@ -53,6 +53,8 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "n
 _AVERAGED = re.compile(r"(^|[._])(ema|averaged|swa)([._]|$)")
 # What wrappers of a model's parts leave inside of a name.
 _INNER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What may lie beside a model's own parts.
+_LOSS = re.compile(r"(criterion|loss\w*)\.")
 
 StateDict = dict[str, torch.Tensor]
 
@@ -165,6 +167,8 @@ def to_timm_layout(state_dict: StateDict) -> tuple[StateDict, str]:
     )
     if prefix:  # what else a wrapper keeps (a criterion, metrics) is no part of the model
         state_dict = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    elif layout == "timm":  # the same where timm's loader has cut the prefix off: counters, and a loss with parameters
+        state_dict = {key: value for key, value in state_dict.items() if "." in key and not _LOSS.match(key)}
     if layout == "authors":
         state_dict = _from_authors(state_dict)
     elif layout == "labml":

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SelectAdaptivePool2d, drop_path, get_act_layer, get_norm_layer
 from timm.models import (
@@ -74,6 +75,13 @@ class Block(fast.Block, nn.Sequential):
 
 class GlobalPool(fast.GlobalPool, SelectAdaptivePool2d):
     """timm's pooling over all positions."""
+
+
+class LinearMap(nn.Linear):
+    """A linear classifier at each position: [N, C, H, W] to [N, classes, H, W]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
 
 
 class ConvMixer(nn.Module):
@@ -166,12 +174,10 @@ class ConvMixer(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = GlobalPool(pool_type=global_pool, flatten=bool(global_pool))
-            self.unpooled = not global_pool
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        linear = nn.Linear if self.global_pool.pool_type else LinearMap
         self.head = (
-            nn.Linear(self.head_hidden_size, num_classes, device=device, dtype=dtype)
-            if num_classes > 0
-            else nn.Identity()
+            linear(self.head_hidden_size, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
         )
 
     @torch.jit.ignore
@@ -285,17 +291,17 @@ class ConvMixer(nn.Module):
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features [N, dim, H / p, W / p] to logits, or with `pre_logits` to what the classifier would get."""
         x = self.head_drop(self.global_pool(x))
-        if pre_logits or self.num_classes == 0:
-            return x
-        if self.unpooled:  # a logit map
-            x = self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        else:
-            x = self.head(x)
-        return x
+        return x if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, in_chans, H, W] to logits [N, num_classes]."""
-        return fast.as_given(self.forward_head(self._forward_layers(x)), x)  # without pooling, feature maps
+        if torch.jit.is_scripting():
+            features = self.forward_features(x)
+        elif type(self).forward_features is ConvMixer.forward_features and "forward_features" not in self.__dict__:
+            features = self._forward_layers(x)  # its last features needn't be turned
+        else:
+            features = self.forward_features(x)
+        return fast.as_given(self.forward_head(features), x)  # without pooling, feature maps
 
 
 def _create_convmixer(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> ConvMixer:

@@ -332,3 +332,20 @@ def test_a_folder_in_the_way_stays(source, tmp_path, capsys):
     assert main(["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]) == 1
     assert f"{tmp_path}/out.safetensors: is a folder" in capsys.readouterr().err
     assert (tmp_path / "out.safetensors/mine").read_text() == "kept"
+
+
+def test_what_lies_beside_the_weights_is_left_out(tmp_path):
+    """Where timm's own loader has cut the wrapper's prefix off already."""
+    model = ConvMixer(32, 2, 3, 2, num_classes=4)
+    averaged = torch.optim.swa_utils.AveragedModel(model).state_dict()
+    beside = {"total_ops": torch.zeros(1), "module.criterion.weight": torch.ones(4)}
+    torch.save({**averaged, **beside}, tmp_path / "swa.pth")
+    loaded = timm.create_model(
+        "convmixer_256_8",
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / "swa.pth"), num_classes=4),
+        dim=32,
+        depth=2,
+        kernel_size=3,
+    )
+    assert torch.equal(loaded.head.weight, model.head.weight)

@@ -346,3 +346,38 @@ def test_forward_mode_differentiation(of_images, train):
             tangents.append(fwAD.unpack_dual(torch.func.functional_call(model, *inputs)).tangent)
     set_fast_training(True)
     torch.testing.assert_close(*tangents)
+
+
+def test_features_of_a_subclass_or_a_patch_are_taken():
+    class Nothing(ConvMixer):
+        def forward_features(self, x):
+            return super().forward_features(x) * 0
+
+    patched = ConvMixer(**SMALL).eval()
+    patched.forward_features = lambda x, own=patched.forward_features: own(x) * 0
+    for model in (Nothing(**SMALL).eval(), patched):
+        assert torch.equal(model(images())[0], model.head.bias)
+
+
+def test_a_head_of_ones_own():
+    model = ConvMixer(**{**SMALL, "num_classes": 0})
+    model.head = nn.Linear(model.num_features, 4)  # without telling num_classes
+    assert model(images()).shape == (2, 4)
+    model = ConvMixer(**SMALL, global_pool="")
+    assert model(images()).shape == (2, 10, 16, 16)
+    model.head = nn.Conv2d(model.num_features, 4, 1)
+    assert model(images()).shape == (2, 4, 16, 16)
+
+
+def test_compiled_once_for_images_of_any_size():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(ConvMixer(**SMALL), backend=backend, dynamic=True)
+    for size in (16, 20, 24, 28):
+        compiled(images(2, 3, size, size)).sum().backward()
+    assert len(graphs) == 1

@@ -137,7 +137,8 @@ def _compare(model: nn.Module, found: Run, batches: Iterable[torch.Tensor], prec
         largest.append(expected.abs().max().item())
     allowed = TOLERANCES[precision]
     for values, what in ((of_maps, "class maps' means differ from its logits"), (differences, "outputs differ")):
-        difference = np.max(values) / np.max(largest)  # NumPy's maximum of a NaN is one
+        # NumPy's maximum of a NaN is one; a head of zeros gives nothing else.
+        difference = np.max(values) / (np.max(largest) or 1.0)
         if not difference <= allowed:
             raise RuntimeError(
                 f"nothing written: the file's {what} by {difference:.2g} of the largest, more than {allowed}"

@@ -54,11 +54,11 @@ class _Folded(nn.Module):
     def __init__(self, stem: nn.Module, layers: list[nn.Module], model: ConvMixer):
         super().__init__()
         self.features = nn.Sequential(stem, *layers)
-        self.global_pool, self.head, self.unpooled = model.global_pool, model.head, model.unpooled
+        self.global_pool, self.head = model.global_pool, model.head
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.global_pool(self.features(x))
-        return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.unpooled else self.head(x)
+        logits: torch.Tensor = self.head(self.global_pool(self.features(x)))
+        return logits
 
 
 def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:

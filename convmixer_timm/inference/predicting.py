@@ -87,7 +87,8 @@ def predict(
 
 
 def _each(images: Any) -> Iterator[Any]:
-    one = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 1) in (0, 2, 3)
+    one = isinstance(images, str | os.PathLike | Image.Image) or hasattr(images, "read")
+    one = one or getattr(images, "ndim", 1) in (0, 2, 3)
     if not one and not isinstance(images, Iterable):
         raise ValueError(f"images are paths, PIL images or arrays [H, W, 3], got a {type(images).__name__}")
     for image in [images] if one else images:

@@ -20,7 +20,7 @@ import torch
 
 from ..files import atomic_path, cache_dir, private_dir
 
-__all__ = ["available", "enabled", "library", "require", "set_fast_training", "transformed"]
+__all__ = ["available", "batched", "enabled", "library", "require", "set_fast_training", "transformed"]
 
 _logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -67,6 +67,13 @@ def transformed() -> bool:
         return False
     # torch has no public way to ask; torch.autograd.Function itself asks so.
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def batched(grad: torch.Tensor) -> bool:
+    """Whether it stands for several gradients: of ``is_grads_batched=True``, whose vmap `transformed` doesn't see."""
+    if torch.compiler.is_compiling():
+        return False
+    return transformed() or torch._C._dispatch_keys(grad).has("Batched")
 
 
 def _machine() -> str:

@@ -62,7 +62,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # create_graph=True: PyTorch's operation is itself differentiable
+        if torch.is_grad_enabled() or build.batched(grad):  # PyTorch can differentiate its own operation, and batch it
             return _pytorch_grads(x, weight, grad, [for_x, for_weight, for_bias and ctx.has_bias], ctx.has_bias)
         x_grad = weight_grad = bias_grad = None
         if for_x:
@@ -91,7 +91,9 @@ def _pytorch_grads(x, weight, grad, mask, has_bias):
     x_grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
         grad, x, weight, [dim] if has_bias else None, [1, 1], [before, before], [1, 1], False, [0, 0], dim, mask
     )
-    return x_grad[..., :h, :w] if mask[0] else None, weight_grad, bias_grad
+    if mask[0] and after > before:
+        x_grad = x_grad[..., :h, :w]
+    return x_grad if mask[0] else None, weight_grad, bias_grad
 
 
 def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -27,13 +27,13 @@ _GELUS = (nn.GELU, get_act_layer("gelu"))
 
 
 class _Layer(nn.Module):
-    def __call__(self, x: Tensor) -> Tensor:
-        if not _runs_here(x) or not untouched(self):
-            return super().__call__(x)
-        if not gpu.is_gpu(x):
+    def __call__(self, input: Tensor) -> Tensor:  # as a Sequential calls it
+        if not _runs_here(input) or not untouched(self):
+            return super().__call__(input)
+        if not gpu.is_gpu(input):
             memory.keep_freed()
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self._fast(x)
+            input = input.contiguous(memory_format=torch.channels_last)
+        return self._fast(input)
 
     def _fast(self, x: Tensor) -> Tensor:
         """The layer of `x`, [N, C, H, W], on a CPU in channels-last."""
@@ -54,7 +54,8 @@ class Residual(_Layer):
     """Before a module that adds its input to its `fn`, a `ConvActNorm`, with stochastic depth `drop_path`."""
 
     def _fast(self, x):
-        if isinstance(self.fn, ConvActNorm) and untouched(self.fn) and type(self.drop_path) is nn.Identity:
+        plain = type(self.drop_path) is nn.Identity and untouched(self.fn, self.drop_path)
+        if plain and isinstance(self.fn, ConvActNorm):
             return self.fn._fast(x, residual=True)
         return self.drop_path(self.fn(x)) + x
 
@@ -79,8 +80,11 @@ class GlobalPool(_Layer):
         return super().__call__(x) if self.pool_type else nn.Module.__call__(self, x)
 
     def _fast(self, x):
-        average = self.pool_type == "avg" and isinstance(self.flatten, nn.Flatten) and untouched(self.pool)
-        if average and not gpu.is_gpu(x):
+        average = (
+            self.pool_type == "avg" and isinstance(self.flatten, nn.Flatten) and untouched(self.pool, self.flatten)
+        )
+        # Compiled, windows of one size would be for that size alone.
+        if average and not gpu.is_gpu(x) and not torch.compiler.is_compiling():
             return F.avg_pool2d(F.avg_pool2d(x, (1, x.shape[3])), (x.shape[2], 1)).flatten(1)
         return self.forward(x)
 
@@ -90,7 +94,8 @@ def as_given(features: Tensor, images: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return features
     else:
-        if _runs_here(features) and images.is_contiguous():
+        # Strides tell the format of a part of a batch too; channels that are expanded have one of 0.
+        if _runs_here(features) and not 0 < images.stride(1) < images.stride(3):
             return features.contiguous()
         return features
 
@@ -104,6 +109,8 @@ def _runs_here(x: Tensor) -> bool:
     """Whether code that runs now, or is compiled, rather than is traced or transformed, works on a CPU with `x`, or on
     a GPU whose kernels are wanted."""
     if not build.enabled() or not _plain(x) or torch.jit.is_tracing():
+        return False
+    if x.dtype == torch.float64:  # oneDNN has none, and PyTorch's own operations are slower in channels-last
         return False
     if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled()):
         return False  # an exported program is for anywhere; inference is left to the compiler
@@ -220,6 +227,8 @@ def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
+        and norm.running_mean is not None
+        and norm.running_var is not None
         and _plain(norm.weight)
         and (type(act) is nn.ReLU or (type(act) in _GELUS and getattr(act, "approximate", "none") == "none"))
         and untouched(act, norm)
@@ -238,8 +247,8 @@ def _is_gelu(act: nn.Module) -> bool:
 @torch.no_grad()
 def _move_running_stats(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """Moves `norm`'s running statistics by a batch's mean and biased variance, each [C] over `count` values."""
-    assert norm.momentum is not None and norm.running_mean is not None  # `_fuses`
-    assert norm.running_var is not None and norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
+    assert norm.momentum is not None and norm.running_mean is not None and norm.running_var is not None  # `_fuses`
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
     norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)

@@ -321,7 +321,8 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 def _finish(stats, norm):
     """Mean and 1 / standard deviation of the tiles' statistics; moves the norm's own."""
-    norm.num_batches_tracked.add_(1)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
     _, channels, tiles = stats.shape
     mean, rstd = stats.new_empty(channels), stats.new_empty(channels)
     _finish_stats[(channels,)](

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -421,3 +422,65 @@ def test_nothing_of_the_kernels_is_exported_or_traced(training):
     for scripted in (torch.jit.trace(model, x, check_trace=False), torch.jit.script(model)):
         assert "convmixer_timm::" not in str(scripted.inlined_graph)
     assert "convmixer_timm" not in torch.fx.symbolic_trace(model).code
+
+
+def test_parts_and_expanded_images_come_out_channels_first(way):
+    model = small_model().eval()
+    grey, whole = torch.randn(4, 1, 16, 16), torch.randn(4, 3, 20, 20)
+    for x in (grey.expand(-1, 3, -1, -1), whole[:, :, 2:18, 2:18], whole.transpose(2, 3)):
+        assert model.forward_features(x).is_contiguous()
+    part = whole.to(memory_format=torch.channels_last)[:, :, 2:18, 2:18]
+    assert model.forward_features(part).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_fp64_is_left_to_pytorch(calls):
+    model = small_model().double()
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    assert model.stem(x).is_contiguous()  # in channels-last it would take three times as long
+    model(x).sum().backward()
+    assert not calls
+
+
+@pytest.mark.parametrize("dim", [32, 24])
+@pytest.mark.parametrize("training", [True, False])
+def test_batched_gradients(dim, training):
+    model, x = ConvMixer(dim, 2, 3, 2, num_classes=3).train(training), torch.randn(4, 3, 8, 8, requires_grad=True)
+    y = model(x)
+    inputs = [x, *model.parameters()]
+    several = torch.autograd.grad(y, inputs, torch.eye(12).view(12, 4, 3), retain_graph=True, is_grads_batched=True)
+    single = torch.autograd.grad(y[2, 1], inputs)
+    for a, b in zip(several, single, strict=True):
+        torch.testing.assert_close(a[7], b, atol=1e-4, rtol=1e-3)
+
+
+def test_every_hook_is_called_that_timms_calls():
+    x = torch.randn(2, 3, 8, 8)
+    for name in dict(small_model().named_modules()):
+        called = []
+        model = small_model()
+        model.get_submodule(name).register_forward_hook(lambda *args, called=called: called.append(1))
+        model(x)
+        assert called, name
+    assert torch.equal(model.eval().stem(input=x), model.stem(x))
+
+
+def test_norms_that_count_no_batches(way):
+    model = small_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.num_batches_tracked = None
+    before = model.stem[2].running_mean.clone()
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert not model.stem[2].running_mean.equal(before)
+
+
+def test_ddp_finds_gradients_in_its_buckets_strides(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = small_model().to(memory_format=torch.channels_last)
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Grad strides")
+            parallel(torch.randn(2, 3, 8, 8)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
