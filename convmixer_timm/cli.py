@@ -128,6 +128,8 @@ def _layers(text: str) -> list[int]:
 def _run(args: argparse.Namespace) -> int:
     from .training.launch import launch
 
+    if any(arg.partition("=")[0] == "--timm-scripts" for arg in args.args):
+        raise ValueError(f"--timm-scripts DIR stands before {args.script.split()[-1]}")
     run = launch(args.script, args.args, args.timm_scripts)
     if run:
         args.started = True  # from here on errors are the script's own

@@ -80,11 +80,9 @@ class GlobalPool(_Layer):
         return super().__call__(x) if self.pool_type else nn.Module.__call__(self, x)
 
     def _fast(self, x):
-        average = (
-            self.pool_type == "avg" and isinstance(self.flatten, nn.Flatten) and untouched(self.pool, self.flatten)
-        )
         # Compiled, windows of one size would be for that size alone.
-        if average and not gpu.is_gpu(x) and not torch.compiler.is_compiling():
+        here = not gpu.is_gpu(x) and not torch.compiler.is_compiling() and untouched(self.pool, self.flatten)
+        if here and self.pool_type == "avg" and isinstance(self.flatten, nn.Flatten):
             return F.avg_pool2d(F.avg_pool2d(x, (1, x.shape[3])), (x.shape[2], 1)).flatten(1)
         return self.forward(x)
 

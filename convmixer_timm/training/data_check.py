@@ -133,7 +133,8 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
 
 
 def left_out(data: Data) -> list[str]:
-    """What lies among a set's images and is no image by its name: a line for each split that has such files."""
+    """What lies among a set's images and is not taken: lines for files that are no images by their names, and for
+    folders that a class map doesn't name."""
     notes, endings = [], tuple(known_extensions())
     for split in data.splits.values():
         if os.path.isdir(split.where):
@@ -147,6 +148,9 @@ def left_out(data: Data) -> list[str]:
                 notes.append(
                     f"{split.where}: {len(others):,} files are no images by their names, {as_text(others[0])} say"
                 )
+            unnamed = sorted(set(map(as_text, _folders(split.where))) - set(data.classes or ()))
+            if data.classes and unnamed:
+                notes.append(f"{split.where}: the class map leaves out {_listed(unnamed)}")
     return notes
 
 
@@ -235,10 +239,19 @@ class _Reading:
 
     def check_classes(self) -> None:
         """Raises ValueError for a class's folder without images, which makes no class."""
-        if not self.samples or self.kind or self.mapped:
+        if not self.samples or self.kind:
             return
-        with os.scandir(self.where) as entries:
-            folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+        folders = _folders(self.where)
+        if self.mapped:
+            used = {target for _, target in self.samples}
+            missed = [name for i, name in enumerate(self.classes or []) if i not in used]
+            others = sorted(map(as_text, folders - set(self.classes or folders)))
+            if missed and others:  # one without the other may be meant
+                raise ValueError(
+                    f"the class map names {_listed(missed)}, of which {self.where} has no image, and lacks "
+                    f"{_listed(others)}, which is there: mend its names"
+                )
+            return
         if empty := sorted(folders - {self._parts(path)[0] for path, _ in self.samples}):
             names = _listed([as_text(name) for name in empty])
             raise ValueError(
@@ -275,19 +288,26 @@ class _Reading:
             image, target = self.dataset[i][:2]
             return image.tobytes(), target
         if self.samples:
-            content, target = Path(self.samples[i][0]).read_bytes(), self.samples[i][1]
-        else:
-            file, target = self.reader[i][:2]
-            with file:
-                content = file.read()
-        load_image(io.BytesIO(content))  # type: ignore[arg-type]
+            path, target = self.samples[i]
+            load_image(path)
+            return Path(path).read_bytes(), target
+        file, target = self.reader[i][:2]
+        with file:
+            content = file.read()
+        load_image(io.BytesIO(content))
         return content, target
 
     def _read(self, name: str, read) -> Any:
         try:
             return read()
         except Exception as error:  # every reader has its own
-            raise ValueError(f"{name or self.where} can't be read: {_reason(error)}") from error
+            reason = _reason(error).removeprefix(f"{name}: ").removeprefix("image: ")
+            raise ValueError(f"{name or self.where} can't be read: {reason}") from error
+
+
+def _folders(where: str) -> set[str]:
+    with os.scandir(where) as entries:
+        return {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
 
 
 def _check_root(args: Namespace) -> None:

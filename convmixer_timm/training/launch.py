@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-import yaml
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..checkpoints import read_checkpoint
@@ -16,7 +16,7 @@ from ..errors import NETWORK
 from .compat import keep_best
 from .data_check import check_evaluation_data, check_training_data, left_out
 from .record import FILE, Record, reserve, stored_config, write_when_it_starts
-from .scripts import check_config, find_script, import_modules, run_script, script_flags, script_options
+from .scripts import check_config, find_script, import_modules, read_config, run_script, script_flags, script_options
 
 __all__ = [
     "launch",
@@ -41,6 +41,8 @@ _CHOICES = {
     "amp_dtype": ("float16", "bfloat16"),
     "train_interpolation": ("random", "bilinear", "bicubic"),
 }
+_OF_TRAINING = ("drop", "pretrained_cfg")
+_LEAST = {"epochs": 1, "log_interval": 1, "val_interval": 1, "checkpoint_hist": 1, "workers": 0}
 _PAIRS = ("scale", "ratio", "cutmix_minmax")
 
 
@@ -49,7 +51,7 @@ def _given(args: list[str], name: str) -> str | None:
     found = None
     for i, arg in enumerate(args):
         option, equals, value = arg.partition("=")
-        if len(option) > 4 and name.startswith(option):
+        if option == name or (len(option) > 2 and name.startswith(option)):
             if equals:
                 found = value
             elif i + 1 < len(args):
@@ -92,19 +94,13 @@ def train_arguments(recipe: str, args: list[str]) -> list[str]:
         raise ValueError(
             "a recipe is a --config already: write what differs into a YAML of your own, and name that as the recipe"
         )
-    try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(told, dict):
-        raise ValueError(f"{path} is no recipe: it has to hold lines of NAME: VALUE")
-    told = {str(name).replace("-", "_"): value for name, value in told.items()}
+    told = {str(name).replace("-", "_"): value for name, value in read_config(path).items()}
 
     def given(name: str) -> Any:
         value = _given(args, f"--{name}")
         return told.get(name) if value is None else value
 
-    out = ["--config", str(path), *args]
+    out = ["--config", str(path)]
     if given("device") is None and _on_cpu(args):
         out += ["--device", "cpu"]
     if not given("output"):
@@ -112,7 +108,7 @@ def train_arguments(recipe: str, args: list[str]) -> list[str]:
     if not given("experiment"):
         seed = given("seed")
         out += ["--experiment", path.stem + (f"-seed{seed}" if seed is not None else "")]
-    return out
+    return [*out, *args]
 
 
 def launch(script: str, args: list[str], folder: str | None = None) -> Callable[[], None] | None:
@@ -139,6 +135,8 @@ def launch(script: str, args: list[str], folder: str | None = None) -> Callable[
     path = find_script(name, folder)
     if recipe:
         check_config(path, _recipe_file(recipe))
+    elif path.stem == "train" and (config := _given(args, "--config") or _given(args, "-c")):
+        read_config(Path(config))
     prepared = prepare_training(path, args, recipe) if path.stem == "train" else prepare_evaluation(path, args)
     return None if prepared is None else lambda: run_script(path, prepared)
 
@@ -174,9 +172,16 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     _check_channels(options, record)
     _check_output(options)
     run = Path(options.output or "output/train") / options.experiment if options.experiment else None
-    if run and not (run / LAST).exists():
-        run = None  # there is none yet
     resumed = Path(options.resume) if options.resume else None
+    if run and not (run / LAST).exists():
+        # An interruption while it was replaced leaves the others; a new run would write over them.
+        others = sorted(run.glob("*.pth.tar"), key=lambda file: file.stat().st_mtime)
+        if others and not resumed:
+            raise ValueError(
+                f"{run} has {others[-1].name} and no {LAST}: go on with it by --resume {others[-1]}, or give another "
+                "--experiment"
+            )
+        run = None  # there is none yet
     if run and not (resumed.parent.resolve() == run.resolve() if resumed else recipe):
         raise ValueError(
             f"{run} has a run already: give another --experiment, or go on with it by --resume {run / LAST}"
@@ -219,6 +224,9 @@ def _check_values(options: Namespace) -> None:
     for name, choices in _CHOICES.items():
         if (value := getattr(options, name, None)) not in (None, "", *choices):
             raise ValueError(f"--{name.replace('_', '-')} is one of {', '.join(choices)}, got {value}")
+    for name, least in _LEAST.items():
+        if isinstance(value := getattr(options, name, None), int) and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {least} or more, got {value}")
     for name in _PAIRS:
         if (pair := getattr(options, name, None)) is not None and len(pair) != 2:
             raise ValueError(f"--{name.replace('_', '-')} takes two numbers, the least and the greatest, got {pair}")
@@ -316,8 +324,8 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
         if isinstance(epoch, int):  # averaged weights, say, tell none
             record = record.at(epoch)
         import_modules(record.args.get("device_modules"))
-        added = told_by_record(record, script_flags(path))
-        _say(f"From {run / FILE}: {' '.join(added)}")
+        if added := told_by_record(record, script_flags(path)):
+            _say(f"From {run / FILE}: {' '.join(added)}")
         args = [*added, *args]
         options = script_options(path, args) or options
     if path.stem == "validate":
@@ -345,11 +353,28 @@ def told_by_record(record: Record, flags: set[str]) -> list[str]:
     Args:
         record: The run's.
         flags: The script's.
+
+    Raises:
+        ValueError: If the script makes a model and can't be told all of this one.
     """
     told, kwargs = record.model.preprocessing, dict(record.model.args)
     channels, height, width = told["input_size"]
     # A script with an option for the pooling gives it to the model by itself.
     pooling = kwargs.pop("global_pool", None) if "--gp" in flags else None
+    if "--model" in flags:
+        # What doesn't change what a trained model computes may be left out.
+        others = {name: value for name, value in kwargs.items() if not name.startswith(_OF_TRAINING)}
+        if "--model-kwargs" in flags:
+            others = {}
+        own = timm.get_pretrained_cfg(record.model.architecture)
+        if "--in-chans" not in flags and own and channels != own.input_size[0]:
+            others["in_chans"] = channels
+        if others:
+            told_of = ", ".join(f"{name}={value}" for name, value in others.items())
+            raise ValueError(
+                f"this script can't be told of the run's {told_of}. To write its model to a file, publish it and use "
+                "convmixer-timm export hf-hub:OWNER/NAME"
+            )
     if "--label-type" in flags and record.data.classes:
         kwargs["pretrained_cfg_overlay"] = {"label_names": record.data.classes}
     args: dict[str, Any] = {

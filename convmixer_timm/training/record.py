@@ -237,14 +237,19 @@ def stored_config(name: str) -> dict[str, Any]:
 
     Raises:
         OSError: If it can't be had.
+        ValueError: If it is no such configuration.
     """
     scheme, _, location = name.partition(":")
     if not location:
         cfg = timm.get_pretrained_cfg(name)
         return cfg.to_dict() if cfg else {}
     if scheme == "local-dir":
-        config = json.loads((Path(location) / "config.json").read_text(encoding="utf-8"))
-        return {**config, **config.get("pretrained_cfg", {})}
+        file = Path(location) / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            return {**config, **config.get("pretrained_cfg", {})}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} describes no model: {one_line(error)}") from error
     cfg, _, args = load_model_config_from_hf(location.removeprefix("//"))
     return {**cfg, "model_args": args}
 

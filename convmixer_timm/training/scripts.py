@@ -11,17 +11,27 @@ import sys
 import urllib.error
 import urllib.request
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.utils import ParseKwargs
 
-from ..errors import local_cause, local_reason
+from ..errors import local_cause, local_reason, one_line
 from ..files import atomic_path, cache_dir
 from .compat import mend_cpu_ddp, mend_mixup_off, mend_summary
 from .decoding import use_one_reader
 
-__all__ = ["check_config", "find_script", "import_modules", "run_script", "script_flags", "script_options"]
+__all__ = [
+    "check_config",
+    "find_script",
+    "import_modules",
+    "read_config",
+    "run_script",
+    "script_flags",
+    "script_options",
+]
 
 REPOSITORY = "huggingface/pytorch-image-models"
 BASE_URL = f"https://raw.githubusercontent.com/{REPOSITORY}"
@@ -100,6 +110,25 @@ def script_options(path: Path, args: list[str]) -> Namespace | None:
     return options
 
 
+def read_config(file: Path) -> dict[Any, Any]:
+    """The settings of a ``--config`` file.
+
+    Raises:
+        ValueError: With one line, for what is no YAML of NAME: VALUE, or names something twice.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        content, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)  # which keeps a key that stands twice
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML: {one_line(error)}") from error
+    if not isinstance(content, dict) or node is None:
+        raise ValueError(f"{file} is no recipe: it has to hold lines of NAME: VALUE")
+    names = Counter(key.value for key, _ in node.value)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"{file} has {twice[0]} more than once: leave one")
+    return content
+
+
 def check_config(path: Path, file: Path) -> None:
     """Looks at a ``--config`` file's settings, which the script's own parser takes as they come.
 
@@ -107,7 +136,7 @@ def check_config(path: Path, file: Path) -> None:
         ValueError: With one line, for a setting that the script doesn't have, or a value of another type than it takes.
     """
     options: dict[Any, Any] = {action.dest: action for action in _module(path)["parser"]._actions}
-    for name, value in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+    for name, value in read_config(file).items():
         if name not in options:
             close = difflib.get_close_matches(str(name).replace("-", "_"), options, 1)
             meant = f": did you mean {close[0]}?" if close else ""
@@ -118,11 +147,13 @@ def check_config(path: Path, file: Path) -> None:
         switch, several = option.nargs == 0, option.nargs not in (None, 0, "?")
         if switch:
             wanted, fits = "true or false", isinstance(value, bool)
+        elif isinstance(option, ParseKwargs):
+            wanted, fits = "lines of NAME: VALUE below it", isinstance(value, dict)
         elif several:
             number = option.type in (int, float)
             count = option.nargs if isinstance(option.nargs, int) else None
             wanted = " ".join(["a list of", *[str(count)] * bool(count), "numbers" if number else "texts"])
-            fits = isinstance(value, dict) or (
+            fits = (
                 isinstance(value, list | tuple)
                 and count in (None, len(value))
                 and not (number and any(isinstance(v, bool) or not isinstance(v, int | float) for v in value))

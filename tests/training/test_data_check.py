@@ -1,6 +1,7 @@
 """Data looked at before the first step, by timm's readers on small folders."""
 
 import json
+import os
 import random
 import shutil
 from argparse import Namespace
@@ -196,6 +197,30 @@ def test_a_class_map_gives_the_order(tmp_path):
     make_data(tmp_path)
     (tmp_path / "order.txt").write_text("bee\nant\n")
     assert check(tmp_path, class_map=str(tmp_path / "order.txt")).classes == ["bee", "ant"]
+
+
+def test_a_class_map_with_other_names_than_the_folders(tmp_path):
+    make_data(tmp_path, ["ant", "bee", "wasp"])
+    (tmp_path / "typo.txt").write_text("ant\nbees\nwasp\n")
+    with pytest.raises(ValueError, match=r"names bees, of which .* has no image, and lacks bee, which is there: mend"):
+        check(tmp_path, class_map=str(tmp_path / "typo.txt"))
+    (tmp_path / "some.txt").write_text("ant\nwasp\n")
+    notes = left_out(check(tmp_path, class_map=str(tmp_path / "some.txt")))
+    assert [note.endswith("the class map leaves out bee") for note in notes] == [True, True]
+    (tmp_path / "more.txt").write_text("ant\nbee\nfly\nwasp\n")  # of a model that has learned more, say
+    data = check(tmp_path, class_map=str(tmp_path / "more.txt"))
+    assert (data.num_classes, left_out(data)) == (4, [])
+
+
+def test_what_is_no_image_is_said_once(tmp_path):
+    make_data(tmp_path)
+    (tmp_path / "train/ant/0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"ant/0\.png can't be read: an empty file$"):
+        check(tmp_path)
+    (tmp_path / "train/ant/0.png").unlink()
+    os.mkfifo(tmp_path / "train/ant/0.png")  # which would be waited for
+    with pytest.raises(ValueError, match=r"ant/0\.png can't be read: not a regular file$"):
+        check(tmp_path)
 
 
 def test_torchvisions_data_sets(tmp_path):

@@ -74,7 +74,8 @@ def test_arguments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = train_arguments("cifar10_e25", ["--seed", "3", "--device", "cuda:1"])
     assert args[0] == "--config"
-    assert args[-4:] == ["--output", "output/train", "--experiment", "cifar10_e25-seed3"]
+    assert args[2:6] == ["--output", "output/train", "--experiment", "cifar10_e25-seed3"]
+    assert args[6:] == ["--seed", "3", "--device", "cuda:1"]  # the last one counts
     assert args.count("--device") == 1
     assert "--experiment" not in train_arguments("cifar10_e25", ["--exper", "mine"])  # as argparse takes it
     assert "--output" not in train_arguments("cifar10_e25", ["--output=elsewhere"])
@@ -177,6 +178,12 @@ def test_a_summary_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         ("amp: 3", "amp has to be true or false, and is 3"),
         ("device_modules: own", "device_modules has to be a list of texts, and is 'own'"),
         ("batch_size: 0", "a batch has 1 image or more, got 0"),
+        ("epochs: 0", "--epochs is 1 or more, got 0"),
+        ("workers: -1", "--workers is 0 or more, got -1"),
+        ("model_kwargs: [depth=1]", "model_kwargs has to be lines of NAME: VALUE below it, and is ['depth=1']"),
+        ("mean: {a: 1}", "mean has to be a list of numbers, and is {'a': 1}"),
+        ("lr: 1\nseed: 2\nlr: 3", "own.yaml has lr more than once: leave one"),
+        ("- lr", "own.yaml is no recipe: it has to hold lines of NAME: VALUE"),
     ],
 )
 def test_a_line_that_train_py_would_stumble_over_is_named(line, message, timm_scripts, data, tmp_path, capsys):  # noqa: F811
@@ -185,6 +192,26 @@ def test_a_line_that_train_py_would_stumble_over_is_named(line, message, timm_sc
     assert main(argv) == 1
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text, message", [("", "is no recipe"), ("[a]", "is no recipe"), ("a: [", "is no YAML")])
+def test_a_config_that_is_none(text, message, timm_scripts, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(text)
+    for option in (["--config", tmp_path / "own.yaml"], ["-c", tmp_path / "own.yaml"]):
+        assert main(["run", "--timm-scripts", str(timm_scripts), "train", *map(str, option)]) == 1
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
+def test_the_users_options_win_however_short(tmp_path):
+    arguments = train_arguments("cifar10_e25", ["--ex", "mine", "--ou", "here"])
+    assert arguments[-4:] == ["--ex", "mine", "--ou", "here"]
+    assert "--experiment" not in arguments and "--output" not in arguments
+
+
+def test_the_scripts_folder_comes_first(capsys):
+    assert main(["train", "finetune", "--timm-scripts", "scripts"]) == 1
+    assert "--timm-scripts DIR stands before finetune" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args", [["--config", "own.yaml"], ["-c", "own.yaml"], ["-cown.yaml"], ["--config=own.yaml"]])

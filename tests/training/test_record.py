@@ -21,7 +21,7 @@ from convmixer_timm.cli import main
 from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.training.data_check import Data, Split
 from convmixer_timm.training.launch import told_by_record
-from convmixer_timm.training.record import Record, describe_model, write_when_it_starts
+from convmixer_timm.training.record import Record, describe_model, stored_config, write_when_it_starts
 
 from .test_data_check import make_data
 from .test_scripts import summary
@@ -120,6 +120,27 @@ def test_arguments_of_other_scripts():
     assert "global_pool='max'" in told_by_record(pooled, flags)
 
 
+@pytest.mark.parametrize(
+    "options, lost", [({"gp": "max"}, "global_pool=max"), ({"model_kwargs": {"depth": 2}}, "depth=2")]
+)
+def test_a_script_that_cant_make_the_model_is_not_run(options, lost):
+    flags = {"--model", "--num-classes", "--checkpoint"}  # onnx_export.py's
+    with pytest.raises(ValueError, match=f"can't be told of the run's {lost}"):
+        told_by_record(make_record(**options), flags)
+    told_by_record(make_record(model_kwargs={"drop_path_rate": 0.1}), flags)
+    grey = make_record(in_chans=1, input_size=[1, 28, 28], mean=[0.5], std=[0.5])
+    with pytest.raises(ValueError, match="in_chans=1"):
+        told_by_record(grey, flags)
+    assert told_by_record(make_record(gp="max"), {"--checkpoint"}) == []  # clean_checkpoint.py makes none
+
+
+def test_a_packed_folder_that_describes_no_model(tmp_path):
+    for text in ("{", "[1]", '{"pretrained_cfg": [1]}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json describes no model"):
+            stored_config(f"local-dir:{tmp_path}")
+
+
 # Trainings. Each is a process of its own, on a few images of 8 pixels.
 
 
@@ -179,6 +200,10 @@ def test_one_folder_is_one_run(train, tmp_path, capsys):
     record = Record.read(run)
     assert record is not None and record.first_epoch == 1
     assert (record.data.classes, record.at(0).data.classes) == (["fly", "wasp"], ["ant", "bee"])
+    # One whose last checkpoint an interruption took with it.
+    (run / "last.pth.tar").rename(run / "tmp.pth.tar")
+    assert "has tmp.pth.tar and no last.pth.tar: go on with it by --resume" in refused(train(data="b"))
+    (run / "tmp.pth.tar").rename(run / "last.pth.tar")
     # A run without a record, as of train.py alone.
     (run / "run.json").unlink()
     assert "no run.json" in refused(train("--epochs", "2", data="b"))
