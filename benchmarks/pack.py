@@ -31,6 +31,7 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", help="as the Hub names it, OWNER/NAME")
     parser.add_argument("--labels", type=Path, help="names of the classes, one a line; else the run's own")
     parser.add_argument("--input-size", type=int, nargs=3, metavar="N", help="of the results, if not the training's")
+    parser.add_argument("--crop-pct", type=float, help="of the results, if not the training's")
     parser.add_argument("--again", help="how to repeat a run that was resumed with other settings, as Markdown")
     args = parser.parse_args()
     with args.results.open(encoding="utf-8") as file:
@@ -40,6 +41,8 @@ if __name__ == "__main__":
     assert source.training is not None
     if args.input_size:
         source.model.pretrained_cfg["input_size"] = tuple(args.input_size)
+    if args.crop_pct:
+        source.model.pretrained_cfg["crop_pct"] = args.crop_pct
     time = f"{args.hours:.1f} hours" if args.hours >= 1 else f"{args.hours * 60:.1f} minutes"
     training = replace(
         source.training,
