@@ -12,6 +12,8 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
+import timm
+
 from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.hub.cards import Evaluation
 from convmixer_timm.hub.packing import pack
@@ -58,4 +60,9 @@ if __name__ == "__main__":
         data=f"{args.test_data}, looked at once, after the training",
     )
     pack(replace(source, training=training, evaluation=evaluation), WEIGHTS_DIR / args.name)
-    record([args.name])
+    if args.name in timm.list_pretrained():
+        record([args.name])
+    else:
+        print(
+            f"Packed. Write the line of {args.name} into convmixer_timm/convmixer.py, and run this again to record it."
+        )
