@@ -298,8 +298,8 @@ def merge_cards(new: str, old: str) -> str:
 
 def _is_named(dataset: str, words: str) -> bool:
     """Whether a card's words for what was trained on mean a dataset of the Hub."""
-    owner, _, name = dataset.rpartition("/")
-    return words.rstrip(".") in (name, dataset) or f"{owner}/{words}" == dataset.removesuffix("-1k")
+    name = dataset.rpartition("/")[2]
+    return words.rstrip(".") in (dataset, name, name.removesuffix("-1k"))  # "imagenet" is ILSVRC/imagenet-1k
 
 
 def adopt_card(own: str, generated: str) -> str:

@@ -1,8 +1,6 @@
 """What holds a trained model, read: a packed folder, the output folder of a run of ``train.py``, a checkpoint file."""
 
-import csv
 import functools
-import io
 import re
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from ..errors import one_line
 from ..files import as_text
 from ..images import data_config
 from ..inference.loading import check_labels, check_preprocessing, load_folder, split_name
+from ..training.history import as_csv, read_history
 from ..training.record import FILE, Model, Record, describe_model
 from .cards import Evaluation, Training
 
@@ -159,7 +158,8 @@ def read_checkpoint_file(file: Path, architecture: str, labels: list[str] | None
     _check_variant(architecture)
     state_dict, _ = to_timm_layout(read_checkpoint(file))
     model = _model(file, architecture, {}, state_dict)
-    model.pretrained_cfg.update({key: data_config(model)[key] for key in ("input_size", "mean", "std")})
+    config = data_config(model)
+    model.pretrained_cfg.update({key: config[key] for key in ("input_size", "mean", "std")})
     return Source(model, _fitting(labels, model))
 
 
@@ -210,7 +210,9 @@ def read_run(
     check_preprocessing(model, str(run))
     if labels is None:
         labels = record.data.classes if record else _classes_of_data_set(args["dataset"])
-    rows = _summary(run / "summary.csv")
+    rows = read_history(run / "summary.csv")
+    if not rows:
+        raise ValueError(f"{run / 'summary.csv'} has no finished epoch")
     measured = averaged == measures_average
     row = next((row for row in rows if int(row["epoch"]) == epoch and measured), {})
     epochs = 1 + int(rows[-1]["epoch"])
@@ -246,7 +248,7 @@ def read_run(
         evaluation,
         files={
             "args.yaml": yaml.safe_dump(_portable(args), allow_unicode=True).encode(),
-            "summary.csv": _as_csv(rows),
+            "summary.csv": as_csv(rows).encode(),
         },
     )
 
@@ -326,27 +328,6 @@ def _is_best(row: dict[str, str], rows: list[dict[str, str]], args: dict[str, An
     figures = [float(other[metric]) for other in rows if other.get(metric)]
     best = min if metric == "eval_loss" else max
     return bool(figures and row.get(metric)) and float(row[metric]) == best(figures)
-
-
-def _summary(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="", encoding="utf-8", errors="replace") as lines:
-        rows: list[dict[str, str]] = []
-        for row in csv.DictReader(lines):
-            # A run that goes on from an earlier epoch repeats those after it; the older ones' weights are gone.
-            if (row.get("epoch") or "").isdigit():
-                rows = [*(other for other in rows if int(other["epoch"]) < int(row["epoch"])), row]
-    if not rows:
-        raise ValueError(f"{file} has no finished epoch")
-    return rows
-
-
-def _as_csv(rows: list[dict[str, str]]) -> bytes:
-    text = io.StringIO()
-    columns = dict.fromkeys(name for row in rows for name in row if name)
-    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 def _portable(args: dict[str, Any]) -> dict[str, Any]:

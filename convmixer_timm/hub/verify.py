@@ -48,17 +48,18 @@ def _cached_from_hub() -> dict[str, Path]:
             if "config.json" not in files or "model.safetensors" not in files:
                 continue
             config = _read_json(files["config.json"])
-            if not (str(config.get("architecture")).startswith("convmixer") if config else _is_convmixer(files)):
+            ours = str(config.get("architecture")).startswith("convmixer")
+            if not (ours if config else _is_convmixer(files["model.safetensors"])):
                 continue
             ref = "main" if "main" in revision.refs else next(iter(sorted(revision.refs)), revision.commit_hash)
             found[f"hf-hub:{repo.repo_id}" + (f"@{ref}" if ref != "main" else "")] = files["model.safetensors"]
     return found
 
 
-def _is_convmixer(files: dict[str, Path]) -> bool:
+def _is_convmixer(weights: Path) -> bool:
     """Whether weights whose description can't be read are a ConvMixer's, by their names."""
     try:
-        with safe_open(files["model.safetensors"], "pt") as tensors:
+        with safe_open(weights, "pt") as tensors:
             return "blocks.0.0.fn.0.weight" in tensors.keys()  # noqa: SIM118  it is no dict
     except (OSError, SafetensorError):
         return False

@@ -4,7 +4,6 @@
 oldest timm that this package supports no longer needs it.
 """
 
-import csv
 import functools
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from timm.data import auto_augment
 
 from ..checkpoints import read_checkpoint
 from ..files import atomic_path
+from .history import as_csv, read_history
 
 __all__ = ["keep_best", "mend_cpu_ddp", "mend_mixup_off", "mend_posterize", "mend_summary"]
 
@@ -81,7 +81,7 @@ def mend_summary() -> None:
 
     Of a resumed run, older ``train.py`` writes the header once more and repeats an epoch that had its row but no
     checkpoint yet. A file that a full disk left empty is begun anew: it would end every later epoch before its
-    checkpoint is saved. Columns are those of all rows, as validation may have begun or ended meanwhile.
+    checkpoint is saved.
     """
     from timm import utils
 
@@ -92,27 +92,15 @@ def mend_summary() -> None:
     @functools.wraps(original)
     def update_summary(epoch, train_metrics, eval_metrics, filename, *args, **kwargs):
         path = Path(filename)
-        rows = [row for row in _rows(path) if (row.get("epoch") or "").isdigit() and int(row["epoch"]) < epoch]
+        rows = [row for row in read_history(path) if int(row["epoch"]) < epoch]
         with atomic_path(path) as temporary:
             kwargs["write_header"] = True
             original(epoch, train_metrics, eval_metrics, str(temporary), *args, **kwargs)
             if rows:
-                rows += _rows(temporary)
-                columns = dict.fromkeys(name for row in rows for name in row if name)
-                with temporary.open("w", newline="", encoding="utf-8") as file:
-                    writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
-                    writer.writeheader()
-                    writer.writerows(rows)
+                table = as_csv([*rows, *read_history(temporary)])
+                temporary.write_text(table, encoding="utf-8", newline="")
 
     utils.update_summary = update_summary
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table; none where there is none."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return list(csv.DictReader(file))
 
 
 def keep_best(first_epoch: int, start: int) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,14 @@ _OF_THE_OPTIMIZER = (
     "lr", "lr_base", "lr_base_size", "lr_base_scale", "momentum", "opt", "opt_betas", "opt_eps", "weight_decay",
     "layer_decay",
 )  # fmt: skip
+# Arguments of a model, by their names' beginnings, that don't change what it computes once it is trained.
+_OF_TRAINING = ("drop", "pretrained_cfg")
 # What ``train.py`` takes as it comes, and looks at late: of some, after an epoch.
 _CHOICES = {
     "eval_metric": ("loss", "top1", "top5"),
     "amp_dtype": ("float16", "bfloat16"),
     "train_interpolation": ("random", "bilinear", "bicubic"),
 }
-_OF_TRAINING = ("drop", "pretrained_cfg")
 _LEAST = {"epochs": 1, "log_interval": 1, "val_interval": 1, "checkpoint_hist": 1, "workers": 0}
 _PAIRS = ("scale", "ratio", "cutmix_minmax")
 
@@ -51,12 +52,19 @@ def _given(args: list[str], name: str) -> str | None:
     found = None
     for i, arg in enumerate(args):
         option, equals, value = arg.partition("=")
-        if option == name or (len(option) > 2 and name.startswith(option)):
+        if len(option) > 2 and name.startswith(option):
             if equals:
                 found = value
             elif i + 1 < len(args):
                 found = args[i + 1]
     return found
+
+
+def _config(args: list[str]) -> str:
+    """The ``--config`` file among a script's arguments, as ``train.py`` finds it."""
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("-c", "--config", default="")
+    return str(parser.parse_known_args(args)[0].config)
 
 
 def _on_cpu(args: list[str]) -> bool:
@@ -90,7 +98,7 @@ def train_arguments(recipe: str, args: list[str]) -> list[str]:
         ValueError: If there is no such recipe, or it is no YAML mapping.
     """
     path = _recipe_file(recipe)
-    if _given(args, "--config") or any(arg.startswith("-c") for arg in args):
+    if _config(args):
         raise ValueError(
             "a recipe is a --config already: write what differs into a YAML of your own, and name that as the recipe"
         )
@@ -135,7 +143,7 @@ def launch(script: str, args: list[str], folder: str | None = None) -> Callable[
     path = find_script(name, folder)
     if recipe:
         check_config(path, _recipe_file(recipe))
-    elif path.stem == "train" and (config := _given(args, "--config") or _given(args, "-c")):
+    elif path.stem == "train" and (config := _config(args)):
         read_config(Path(config))
     prepared = prepare_training(path, args, recipe) if path.stem == "train" else prepare_evaluation(path, args)
     return None if prepared is None else lambda: run_script(path, prepared)
@@ -362,10 +370,8 @@ def told_by_record(record: Record, flags: set[str]) -> list[str]:
     # A script with an option for the pooling gives it to the model by itself.
     pooling = kwargs.pop("global_pool", None) if "--gp" in flags else None
     if "--model" in flags:
-        # What doesn't change what a trained model computes may be left out.
-        others = {name: value for name, value in kwargs.items() if not name.startswith(_OF_TRAINING)}
-        if "--model-kwargs" in flags:
-            others = {}
+        given = {} if "--model-kwargs" in flags else kwargs
+        others = {name: value for name, value in given.items() if not name.startswith(_OF_TRAINING)}
         own = timm.get_pretrained_cfg(record.model.architecture)
         if "--in-chans" not in flags and own and channels != own.input_size[0]:
             others["in_chans"] = channels

@@ -154,7 +154,8 @@ def _check_target(target: Path) -> None:
         return
     index = target / "index.html"
     ours = index.is_file() and _MARK in index.read_text(encoding="utf-8", errors="replace")
-    within = (path.relative_to(target).as_posix() + "/" * path.is_dir() for path in sorted(target.rglob("*")))
+    there = sorted(target.rglob("*") if ours else target.iterdir())  # somebody's own may hold any number
+    within = (path.relative_to(target).as_posix() + "/" * path.is_dir() for path in there)
     if other := next((name for name in within if not (ours and is_part(name))), None):
         raise ValueError(f"{target} holds {other}, which is no part of an earlier page: name a new folder")
     if target == Path.cwd():
