@@ -12,9 +12,11 @@ import argparse
 import csv
 import json
 import math
+import mmap
+import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -24,9 +26,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from timm.data import create_transform
 from timm.optim import param_groups_weight_decay
 from timm.optim.muon import _COEFFICIENTS, Muon, _is_suitable_for_muon, get_lr_scale, zeropower_via_newtonschulz
-from timm.utils import accuracy
+from timm.utils import accuracy, random_seed
 from torch import Tensor
 
 import convmixer_timm  # noqa: F401
@@ -42,10 +45,15 @@ DEFAULTS = {
     "warmup_epochs": 2,
     "size": 32,  # of the crops
     "padding": 4,  # reflected, around the images that are cropped
-    "affine": 0.0,  # share of the images that are turned, sheared and zoomed
-    "color": 0.0,  # greatest change of an image's brightness and contrast
+    "aa": "",  # timm's name of a policy: then its transforms make the crops, with the three below, as train.py has them
+    "scale": [0.75, 1.0],
+    "ratio": [0.75, 4 / 3],
+    "reprob": 0.25,
+    "early_size": 32,  # of the crops by timm's transforms in the epochs up to
+    "early": 0.0,  # this part of them
     "cutmix_prob": 0.5,  # share of the batches
-    "cutmix_off": 0.84,  # after this part of the epochs there is none
+    "mixup_prob": 0.0,
+    "mixup_off": 0.84,  # after this part of the epochs there is neither
     "smoothing": 0.1,
     "val_interval": 5,
     "train_on_all": False,  # with what is held out, which then measures nothing
@@ -67,37 +75,93 @@ def read_images(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor([i for _, i in files]), classes
 
 
-def crops(images: Tensor, size: int, affine: float, color: float) -> Tensor:
-    """Random crops of `size` of larger images, half of them mirrored, and what else `DEFAULTS` tells."""
+class Transformed:
+    """Each epoch's images by timm's transforms, made in other processes while the epoch before is trained on.
+
+    Args:
+        images: All of them, uint8 [N, 3, H, W].
+        sizes: Of the images that it makes.
+        device: Where they go, normalized, in bf16.
+        more: Arguments of ``timm.data.create_transform``.
+    """
+
+    def __init__(self, images: Tensor, sizes: set[int], device: str, seed: int, **more):
+        largest, self.device, self.seed = images[0].numel() // images[0, 0].numel() * max(sizes) ** 2, device, seed
+        self.count, self.made = len(images), 0
+        # Anonymous memory, which forked processes share: /dev/shm may be small.
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * self.count * largest), dtype=torch.bfloat16)
+        transforms = {size: create_transform(size, is_training=True, **more) for size in sizes}
+        state = (np.ascontiguousarray(images.permute(0, 2, 3, 1)), memory, transforms)
+        self.memory, self.processes = memory, max(1, (os.cpu_count() or 1) - 1)
+        self.pool = multiprocessing.get_context("fork").Pool(self.processes, _begin, state)
+        self.thread = ThreadPoolExecutor(1)
+        self.on_device = [torch.empty_like(memory, device=device) for _ in range(2)]
+        self.stream = torch.cuda.Stream() if self.on_device[0].is_cuda else None
+
+    def begin(self, size: int) -> "Future[Tensor]":
+        """Images of the next epoch, [N, 3, size, size]. Those of the last epoch but one are gone with it."""
+        return self.thread.submit(self._make, size)
+
+    def _make(self, size: int) -> Tensor:
+        starts = range(0, self.count, 250)
+        seeds = np.random.SeedSequence([self.seed, self.made]).generate_state(len(starts))
+        self.pool.starmap(_transform, [(i, size, int(s)) for i, s in zip(starts, seeds, strict=True)], chunksize=1)
+        there = self.on_device[self.made % 2]
+        self.made += 1
+        with torch.cuda.stream(self.stream):
+            out = _as_images(there, self.count, size).copy_(_as_images(self.memory, self.count, size))
+            if self.stream:
+                self.stream.synchronize()
+        return out
+
+    def close(self) -> None:
+        self.thread.shutdown()
+        self.pool.terminate()
+
+
+def _as_images(memory: Tensor, count: int, size: int) -> Tensor:
+    return memory[: count * 3 * size * size].view(count, 3, size, size)
+
+
+def _begin(*state) -> None:
+    global _state
+    _state = state
+    torch.set_num_threads(1)
+
+
+def _transform(start: int, size: int, seed: int) -> None:
+    """Transforms 250 images from `start` on into the memory that all processes share."""
+    images, memory, transforms = _state
+    random_seed(seed)
+    out = _as_images(memory, len(images), size)
+    for i, image in enumerate(images[start : start + 250], start):
+        out[i] = transforms[size](Image.fromarray(image))
+
+
+def crops(images: Tensor, size: int) -> Tensor:
+    """Random crops of `size` of larger images, half of them mirrored."""
     n, side, device = len(images), images.shape[-1], images.device
-
-    def uniform(least: float, most: float) -> Tensor:
-        return torch.rand(n, device=device) * (most - least) + least
-
-    chosen = (torch.rand(n, device=device) < affine).float()
-    turn, shear = chosen * uniform(-0.35, 0.35), chosen * uniform(-0.25, 0.25)
-    zoom = size / side * (1 + chosen * uniform(-0.25, 0.2))
-    mirror = (torch.rand(n, device=device) < 0.5) * 2.0 - 1.0
-    down, right = (torch.floor(uniform(0, side - size + 1)) * 2 - (side - size) for _ in range(2))
-    cos, sin = torch.cos(turn) * zoom, torch.sin(turn) * zoom
-    rows = [cos * mirror, sin + shear * zoom, right / side, -sin * mirror, cos, down / side]
-    grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), [n, 3, size, size], align_corners=False)
-    out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    if color:
-        mean = out.mean((1, 2, 3), keepdim=True)
-        contrast, light = uniform(1 - color, 1 + color), uniform(-color, color)
-        out = (out - mean) * contrast.view(-1, 1, 1, 1) + mean + light.view(-1, 1, 1, 1)
-    return out
+    mirror = torch.rand(n, 1, device=device) < 0.5
+    down, right = (torch.randint(side - size + 1, (n, 1), device=device) for _ in range(2))
+    along = torch.arange(size, device=device)
+    columns = right + torch.where(mirror, along.flip(0), along)
+    at = torch.arange(n, device=device)[:, None, None]
+    out = images.permute(0, 2, 3, 1)[at, (down + along)[:, :, None], columns[:, None]]
+    return out.permute(0, 3, 1, 2).contiguous()
 
 
-def cutmix(images: Tensor, targets: Tensor, prob: Tensor) -> tuple[Tensor, Tensor]:
-    """timm's CutMix of a batch with itself in reverse order, without a number that the host would have to know."""
+def mix(images: Tensor, targets: Tensor, cutmix: Tensor, mixup: Tensor) -> tuple[Tensor, Tensor]:
+    """timm's CutMix or mixup of a batch with itself in reverse order, each with its probability, without a number that
+    the host would have to know."""
     size, device = images.shape[-1], images.device
-    half = torch.sqrt(torch.rand((), device=device)) / 2 * (torch.rand((), device=device) < prob)  # of uniform area
+    chosen = torch.rand((), device=device)
+    half = torch.sqrt(torch.rand((), device=device)) / 2 * (chosen < cutmix)  # of uniform area
     at = (torch.arange(size, device=device) + 0.5) / size
     rows, columns = ((at - torch.rand((), device=device)).abs() < half for _ in range(2))
-    box = rows[:, None] & columns
-    return torch.where(box, images.flip(0), images), targets.lerp(targets.flip(0), box.float().mean())
+    box = (rows[:, None] & columns).float()
+    faded = torch.rand((), device=device) * ((chosen >= cutmix) & (chosen < cutmix + mixup))
+    other = box + faded  # one of the two is zero
+    return images.lerp(images.flip(0), other.to(images.dtype)), targets.lerp(targets.flip(0), other.mean())
 
 
 class Optimizer:
@@ -158,23 +222,26 @@ class Step:
 
     Attributes:
         chosen: Which images it takes.
-        prob: Of CutMix.
+        batch: Their transformed pixels; None where it crops the images itself.
+        cutmix, mixup: Their probabilities.
         loss: Sum over the steps.
     """
 
-    def __init__(self, model, optimizer, images, targets, args):
+    def __init__(self, model, optimizer, images, targets, args, size=None):
         self.model, self.optimizer, self.images, self.targets, self.args = model, optimizer, images, targets, args
-        self.chosen = torch.zeros(args.batch_size, dtype=torch.long, device=images.device)
-        self.prob, self.loss = (torch.zeros((), device=images.device) for _ in range(2))
+        device = targets.device
+        self.chosen = torch.zeros(args.batch_size, dtype=torch.long, device=device)
+        pixels = (args.batch_size, 3, size, size)
+        self.batch = torch.zeros(pixels, dtype=torch.bfloat16, device=device) if size else None
+        self.cutmix, self.mixup, self.loss = (torch.zeros((), device=device) for _ in range(3))
         self.graph, self.steps = None, 0
-        self.stream = torch.cuda.Stream() if images.is_cuda else None
+        self.stream = torch.cuda.Stream() if targets.is_cuda else None
 
     def _run(self) -> None:
-        args = self.args
         with torch.no_grad():
-            images = crops(self.images[self.chosen], args.size, args.affine, args.color)
-            images, targets = cutmix(images, self.targets[self.chosen], self.prob)
-        logits = forward(self.model, images.bfloat16()) if images.is_cuda else self.model(images)
+            images = crops(self.images[self.chosen], self.args.size) if self.batch is None else self.batch
+            images, targets = mix(images, self.targets[self.chosen], self.cutmix, self.mixup)
+        logits = forward(self.model, images) if images.is_cuda else self.model(images.float())
         loss = torch.sum(-targets * F.log_softmax(logits.float(), 1), 1).mean()
         loss.backward()
         self.optimizer.step()
@@ -186,7 +253,7 @@ class Step:
             return self.graph.replay()
         for p in self.optimizer.parameters:
             p.grad = None
-        if not self.images.is_cuda:
+        if not self.stream:
             return self._run()
         if self.steps <= 3:
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -195,7 +262,7 @@ class Step:
             torch.cuda.current_stream().wait_stream(self.stream)
         else:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # a thread brings images meanwhile
                 self._run()
             self.graph.replay()
 
@@ -207,45 +274,114 @@ def learning_rate(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(settings: dict, data: Path, run: Path, device: str) -> dict:
+class Pace:
+    """What share of the training an epoch is: of as many as are wanted, or of fewer that end within some seconds."""
+
+    def __init__(self, args, seconds: float | None):
+        self.args, self.taken = args, {}
+        self.end = time.perf_counter() + seconds if seconds else math.inf
+
+    def measure(self, steps: dict[int, Step], transformed: Transformed | None) -> None:
+        """Times an epoch of each size, by some steps of a learning rate that is still zero."""
+        for size, step in steps.items():
+            begin = time.perf_counter()
+            if transformed:
+                transformed.begin(size).result()
+                step.batch.normal_()
+            made = time.perf_counter() - begin
+            step.chosen.random_(len(step.targets))
+            for count in (4, 30):
+                begin = time.perf_counter()
+                for _ in range(count):
+                    step()
+                step.loss.item()
+            trained = (time.perf_counter() - begin) / count * (len(step.targets) // self.args.batch_size)
+            print(f"{size} pixels: an epoch takes {trained:.2f} s, its transforms {made:.2f} s", flush=True)
+            self.taken[size] = max(made, trained)
+
+    def share(self, progress: float) -> float:
+        args = self.args
+        epochs = args.epochs
+        if math.isfinite(self.end):
+            early, late = max(0.0, args.early - progress), 1 - max(args.early, progress)
+            per_epoch = early * self.taken.get(args.early_size, 0) + late * self.taken[args.size]
+            epochs = min(epochs, (self.end - time.perf_counter()) / per_epoch)
+        return (1 - progress) / max(1, round((1 - progress) * epochs))
+
+
+def train(settings: dict, data: Path, run: Path, device: str, seconds: float | None = None) -> dict:
     """Trains one variant and writes its run. Returns its last row of summary.csv."""
     args = argparse.Namespace(**DEFAULTS | settings)
+    pace = Pace(args, seconds)
     torch.manual_seed(args.seed)
     images, targets, classes = read_images(data / "train")
     held_out, held_out_targets, _ = read_images(data / "validation")
     if args.train_on_all:
         images, targets = torch.cat([images, held_out]), torch.cat([targets, held_out_targets])
-    model = timm.create_model(args.model, num_classes=len(classes)).to(device).train()
-    cfg = model.pretrained_cfg
+    model = timm.create_model(args.model, num_classes=len(classes)).train()
+    cfg, sizes, transformed = model.pretrained_cfg, {args.size}, None
+    if args.aa:
+        sizes |= {args.early_size} if args.early else set()
+        transformed = Transformed(
+            images, sizes, device, args.seed, scale=args.scale, ratio=args.ratio, auto_augment=args.aa,
+            re_prob=args.reprob, re_mode="pixel", interpolation="random", mean=cfg["mean"], std=cfg["std"],
+        )  # fmt: skip
+    elif args.early:
+        raise SystemExit(f"{run.name}: smaller images early are made by timm's transforms, which want an aa")
+    model.to(device)
     mean, std = (torch.tensor(cfg[name], device=device).view(1, 3, 1, 1) * 255 for name in ("mean", "std"))
-    images = F.pad((images.to(device) - mean) / std, [args.padding] * 4, mode="reflect").bfloat16()
+    if not transformed:
+        images = F.pad((images.to(device) - mean) / std, [args.padding] * 4, mode="reflect").bfloat16()
     targets = F.one_hot(targets.to(device), len(classes)) * (1 - args.smoothing) + args.smoothing / len(classes)
     held_out, held_out_targets = (held_out.to(device) - mean) / std, held_out_targets.to(device)
 
     lr = torch.zeros((), device=device)
     optimizer = Optimizer(model, lr, args.weight_decay, args.momentum, capturable=lr.is_cuda)
-    step = Step(model, optimizer, images, targets, args)
-    batch, per_epoch, epochs = args.batch_size, len(images) // args.batch_size, args.epochs
-    rows, begin = [], time.perf_counter()
-    for epoch in range(epochs):
+    steps = {
+        size: Step(model, optimizer, images, targets, args, size if transformed else None) for size in sorted(sizes)
+    }
+    if seconds:
+        pace.measure(steps, transformed)
+    batch, per_epoch = args.batch_size, len(images) // args.batch_size
+
+    def size_at(progress: float) -> int:
+        return args.early_size if progress < args.early else args.size
+
+    coming = transformed.begin(size_at(0)) if transformed else None
+    rows, begin, epoch, progress, share = [], time.perf_counter(), 0, 0.0, pace.share(0.0)
+    warmup = args.warmup_epochs * share
+    while progress < 1 - share / 2:
+        step, epoch_begin, after = steps[size_at(progress)], time.perf_counter(), round(progress + share, 9)
+        if transformed:
+            pixels = coming.result()
+            coming = transformed.begin(size_at(after)) if after < 1 - share / 2 else None
         order = torch.randperm(len(images), device=device)
-        step.prob.fill_(args.cutmix_prob if epoch < args.cutmix_off * epochs else 0.0)
+        step.cutmix.fill_(args.cutmix_prob * (progress < args.mixup_off))
+        step.mixup.fill_(args.mixup_prob * (progress < args.mixup_off))
         step.loss.zero_()
         for i in range(per_epoch):
-            lr.fill_(args.lr * learning_rate((epoch + i / per_epoch) / epochs, args.warmup_epochs / epochs))
+            lr.fill_(args.lr * learning_rate(progress + share * i / per_epoch, warmup))
             step.chosen.copy_(order[i * batch : (i + 1) * batch])
+            if transformed:
+                torch.index_select(pixels, 0, step.chosen, out=step.batch)
             step()
         train_loss = step.loss.item() / per_epoch
         if not math.isfinite(train_loss):
             raise SystemExit(f"{run.name} diverged in epoch {epoch}")
-        if (epoch + 1) % args.val_interval == 0 or epoch == epochs - 1:
-            rows.append({"epoch": epoch, "train_loss": train_loss})
+        pace.taken[size_at(progress)] = time.perf_counter() - epoch_begin
+        progress = after
+        share = pace.share(progress) if progress < 1 - share / 2 else share
+        epoch += 1
+        if epoch % args.val_interval == 0 or progress >= 1 - share / 2:
+            rows.append({"epoch": epoch - 1, "train_loss": train_loss})
             if not args.train_on_all:
                 figures = evaluate(model, held_out, held_out_targets)
                 rows[-1] |= dict(zip(("eval_loss", "eval_top1", "eval_top5"), figures, strict=True))
             rows[-1]["lr"] = lr.item()
             print(f"{run.name} after {time.perf_counter() - begin:.1f} s: {rows[-1]}", flush=True)
-    seconds = round(time.perf_counter() - begin, 1)
+    seconds, args.epochs = round(time.perf_counter() - begin, 1), epoch
+    if transformed:
+        transformed.close()
     run.mkdir(parents=True, exist_ok=True)
     told = {**vars(args), "opt": "nmuon", "input_size": [3, args.size, args.size], "num_classes": len(classes)}
     told |= {"experiment": run.name, "seconds": seconds}
@@ -255,9 +391,9 @@ def train(settings: dict, data: Path, run: Path, device: str) -> dict:
         writer.writeheader()
         writer.writerows(rows)
     state = {k: v.cpu() for k, v in model.state_dict().items()}
-    torch.save({"arch": args.model, "epoch": epochs - 1, "state_dict": state}, run / "last.tmp")
+    torch.save({"arch": args.model, "epoch": epoch - 1, "state_dict": state}, run / "last.tmp")
     os.replace(run / "last.tmp", run / "last.pth.tar")
-    return rows[-1] | {"seconds": seconds, "images_per_s": round(epochs * per_epoch * batch / seconds)}
+    return rows[-1] | {"seconds": seconds, "images_per_s": round(epoch * per_epoch * batch / seconds)}
 
 
 if __name__ == "__main__":
@@ -267,6 +403,7 @@ if __name__ == "__main__":
     parser.add_argument("--recipes", type=Path, default=RECIPES)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, help="fewer epochs than the recipe's, if those would take longer")
     options = parser.parse_args()
     recipes = yaml.safe_load(options.recipes.read_text(encoding="utf-8"))
     if unknown := [name for name in options.names if name not in recipes]:
@@ -279,5 +416,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(options.device)
     print(f"torch {torch.__version__}, timm {timm.__version__}")
     for name in options.names:
-        result = train(recipes[name], options.data, options.output / name, options.device)
+        result = train(recipes[name], options.data, options.output / name, options.device, options.seconds)
         print(name, json.dumps(result), flush=True)

@@ -390,7 +390,7 @@ default_cfgs = generate_default_cfgs(
             crop_pct=1.0,
             **_bundled("convmixer_256_8_ks7_p4.e10_tiny_imagenet"),
         ),
-        "convmixer_256_8_ks9_p1": _cifar10_cfg(),
+        "convmixer_256_8_ks9_p1.e172_cifar10": _cifar10_cfg(**_bundled("convmixer_256_8_ks9_p1.e172_cifar10")),
         "convmixer_256_16_ks9_p1": _cifar10_cfg(),
         "convmixer_128_8.e25_cifar10": _cifar10_cfg(**_bundled("convmixer_128_8.e25_cifar10"), **_MIDDLE),
         "convmixer_128_4.e25_cifar10": _cifar10_cfg(**_bundled("convmixer_128_4.e25_cifar10"), **_MIDDLE),

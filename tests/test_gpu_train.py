@@ -28,13 +28,13 @@ def test_crops_are_parts_of_the_image_or_of_its_mirror(gpu_train):
     torch.manual_seed(0)
     images = torch.rand(40, 3, 12, 12)
     mirrored, corners = 0, set()
-    for image, crop in zip(images, gpu_train.crops(images, 8, affine=0.0, color=0.0), strict=True):
+    for image, crop in zip(images, gpu_train.crops(images, 8), strict=True):
         (found,) = [
             (flip, down, right)
             for flip in (False, True)
             for down in range(5)
             for right in range(5)
-            if torch.allclose(part(image, down, right).flip(-1) if flip else part(image, down, right), crop, atol=1e-4)
+            if torch.equal(part(image, down, right).flip(-1) if flip else part(image, down, right), crop)
         ]
         mirrored += found[0]
         corners.add(found[1:])
@@ -46,18 +46,22 @@ def part(image, down, right):
     return image[:, down : down + 8, right : right + 8]
 
 
-def test_cutmix_mixes_the_targets_as_the_pixels(gpu_train):
+def test_cutmix_and_mixup_mix_the_targets_as_the_pixels(gpu_train):
     torch.manual_seed(0)
     images, targets = torch.zeros(2, 3, 32, 32), torch.eye(2)
     images[1] = 1.0
+    kinds = {"none": 0, "cutmix": 0, "mixup": 0}
     shares = []
-    for _ in range(50):
-        mixed, soft = gpu_train.cutmix(images, targets, torch.tensor(1.0))
+    for _ in range(100):
+        mixed, soft = gpu_train.mix(images, targets, torch.tensor(0.4), torch.tensor(0.4))
         shares.append(soft[0, 1].item())
         assert mixed[0].mean().item() == pytest.approx(shares[-1], abs=1e-5)
         assert soft.sum(1).tolist() == pytest.approx([1.0, 1.0])
-    assert min(shares) < 0.1 and max(shares) > 0.5
-    assert torch.equal(gpu_train.cutmix(images, targets, torch.tensor(0.0))[0], images)
+        values = set(mixed[0].flatten().tolist())
+        kinds["none" if values == {0.0} else "cutmix" if values == {0.0, 1.0} else "mixup"] += 1
+    assert min(shares) == 0 and max(shares) > 0.5
+    assert min(kinds.values()) > 10
+    assert torch.equal(gpu_train.mix(images, targets, torch.tensor(0.0), torch.tensor(0.0))[0], images)
 
 
 def test_the_optimizer_is_timms(gpu_train):
@@ -86,7 +90,7 @@ def test_a_run_is_left_as_train_py_leaves_one(gpu_train, tmp_path):
     data = tmp_path / "data"
     for split in ("train", "validation"):
         shutil.copytree(Path(__file__).parent / "images", data / split)
-    settings = dict(model="convmixer_128_4", epochs=2, warmup_epochs=1, batch_size=8, affine=0.5, color=0.1)
+    settings = dict(model="convmixer_128_4", epochs=2, warmup_epochs=1, batch_size=8)
     run = tmp_path / "runs/tiny"
     gpu_train.train(settings, data, run, "cpu")
     assert sorted(path.name for path in run.iterdir()) == ["args.yaml", "last.pth.tar", "summary.csv"]
@@ -96,3 +100,29 @@ def test_a_run_is_left_as_train_py_leaves_one(gpu_train, tmp_path):
     assert source.evaluation.top1 == float(row["eval_top1"])
     assert source.training.weights == "those of epoch 2 of 2"
     assert source.model.pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+def test_timms_transforms_make_smaller_images_early(gpu_train, tmp_path, capsys, monkeypatch):
+    data = tmp_path / "data"
+    for split in ("train", "validation"):
+        shutil.copytree(Path(__file__).parent / "images", data / split)
+    settings = dict(model="convmixer_128_4", epochs=4, warmup_epochs=1, batch_size=8, mixup_prob=0.2, val_interval=1)
+    settings |= dict(aa="rand-m9-mstd0.5-inc1", early_size=24, early=0.5)
+    seen = []
+    step = gpu_train.Step.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_train.Step, "__call__", lambda self: (seen.append(self.batch.clone()), step(self)))
+        row = gpu_train.train(settings, data, tmp_path / "tiny", "cpu")
+    assert row["epoch"] == 3
+    per_epoch = len(seen) // 4
+    assert [len(batch[0, 0]) for batch in seen] == [24] * 2 * per_epoch + [32] * 2 * per_epoch
+    assert not torch.equal(seen[0], seen[per_epoch])  # each epoch's are others
+    assert 0.5 < torch.cat(seen[-per_epoch:]).float().std() < 2  # normalized
+
+    gpu_train.train({**settings, "epochs": 10**6}, data, tmp_path / "brief", "cpu", seconds=4)
+    with (tmp_path / "brief/summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert 1 <= len(rows) < 100
+    assert "24 pixels: an epoch takes" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="want an aa"):
+        gpu_train.train({**settings, "aa": ""}, data, tmp_path / "none", "cpu")

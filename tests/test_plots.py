@@ -39,7 +39,7 @@ def test_plot_command(tmp_path, capsys):
     [
         ([NAME, "--layers", "4"], "no layer 4: this model's are 0 to 3"),
         ([NAME, "--image", "nowhere.jpg"], "no such file"),
-        (["convmixer_256_8_ks9_p1"], "has no weights"),
+        (["convmixer_256_16_ks9_p1"], "has no weights"),
     ],
 )
 def test_bad_input_is_named(args, message, tmp_path, capsys):
