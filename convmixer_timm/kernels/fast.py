@@ -174,9 +174,11 @@ def _on_gpu(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, residua
     assert norm.running_mean is not None and norm.running_var is not None  # `_fuses`
     if not (norm.running_mean.is_contiguous() and norm.running_var.is_contiguous()):
         return None
+    height, width = (side // stride for side, stride in zip(x.shape[2:], conv.stride, strict=True))
+    if not gpu.pays(len(x) * conv.out_channels * height * width):
+        return None
     if _is_depthwise(conv) and conv.kernel_size[0] in range(1, 64, 2) and x.numel() > x.shape[1]:
         return gpu.spatial_mixing(x, conv, norm, residual, _is_gelu(act))
-    height, width = (side // stride for side, stride in zip(x.shape[2:], conv.stride, strict=True))
     if _embeds_patches(conv) and not residual and len(x) * height * width > 1:
         return gpu.channel_mixing(x, conv, norm, _is_gelu(act))
     return None

@@ -11,10 +11,11 @@ from torch import Tensor
 from ..errors import one_line
 from . import build
 
-__all__ = ["channel_mixing", "is_gpu", "spatial_mixing", "takes"]
+__all__ = ["channel_mixing", "is_gpu", "pays", "spatial_mixing", "takes"]
 
 _logger = logging.getLogger(__name__)
 _DTYPES = (torch.bfloat16, torch.float16)
+_LEAST = 2**25  # values; for fewer, launching takes the host longer than PyTorch takes in all (benchmarks/README.md)
 
 
 def is_gpu(x: Tensor) -> bool:
@@ -34,6 +35,11 @@ def takes(x: Tensor) -> bool:
         and (dtype := torch.get_autocast_dtype(kind)) in _DTYPES
         and _work(x.device, dtype)
     )
+
+
+def pays(values: int) -> bool:
+    """Whether a layer's map, of that many values over the whole batch, is large enough for the kernels."""
+    return values >= _LEAST
 
 
 def spatial_mixing(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, residual: bool, gelu: bool) -> Tensor:

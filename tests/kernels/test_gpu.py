@@ -51,6 +51,7 @@ def kernels(monkeypatch):
 def on_gpu(kernels, monkeypatch):
     """Takes the CPU for a GPU whose kernels the user wants."""
     monkeypatch.setattr(gpu, "is_gpu", lambda x: True)
+    monkeypatch.setattr(gpu, "_LEAST", 0)
     gpu._work.cache_clear()
     set_fast_training(gpu=True)
     yield
@@ -187,6 +188,17 @@ def test_where_they_do_not_run(on_gpu, monkeypatch):
     set_fast_training(gpu=False)
     trains(model())
     assert not calls
+
+
+@interpreted
+def test_small_maps_are_left_to_pytorch(on_gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "_error", lambda *args: 0.0)  # which calls them itself
+    calls = calls_of(monkeypatch)
+    for least, taken in ((257, 0), (256, 5)):  # a map of 2 images, 8 channels and 4 x 4 positions
+        monkeypatch.setattr(gpu, "_LEAST", least)
+        with torch.autocast("cpu", torch.float16):
+            model()(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert len(calls) == taken
 
 
 @interpreted
