@@ -56,6 +56,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     with folder_beside(path) as folder:
         temporary = folder / path.name
         yield temporary
+        # Some writers, safetensors for one, make files that nobody else can read, whatever the user's umask says.
+        usual = folder / ".usual"
+        usual.touch()
+        for file in (temporary, *temporary.rglob("*")):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(file.stat().st_mode | usual.stat().st_mode)
         if path.is_dir():
             if not temporary.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "is a folder: name a file to write", str(path))

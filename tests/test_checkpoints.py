@@ -137,6 +137,9 @@ def test_output_equals_the_source_models(source, wrapping, tmp_path):
     assert layout == source.layout
     assert shape == Shape(DIM, DEPTH, KERNEL, PATCH, 3, CLASSES)
     assert_same_output(load_file(tmp_path / "out.safetensors"), source)
+    (tmp_path / "usual").touch()
+    modes = {(tmp_path / name).stat().st_mode for name in ("out.safetensors", "usual")}
+    assert len(modes) == 1  # safetensors' own are for nobody else
 
 
 def test_timm_loads_any_of_them(source, tmp_path):
