@@ -1,11 +1,12 @@
-"""Trains variants on CIFAR-sized images with the whole data set, and all that is done to it, in a GPU's memory.
+"""Trains variants on CIFAR-sized images with the whole data set in a GPU's memory.
 
     python benchmarks/gpu_train.py DATA e25 e100 --output output/gpu
 
 DATA has train/CLASS/IMAGE and validation/CLASS/IMAGE, as ``cifar_folders.py`` writes them; ``gpu_recipes.yaml`` has
 each name's settings. Reading, cropping and mixing images takes ``train.py`` longer than a GPU needs for a small model's
-step; here a step, with all of that and the optimizer's, is one CUDA graph. A run's folder is as ``train.py`` leaves it:
-args.yaml, summary.csv, last.pth.tar.
+step. Here a step, with cropping, mixing and the optimizer's, is one CUDA graph; timm's transforms, where wanted, make
+an epoch's images in other processes during the one before. A run's folder is as ``train.py`` leaves it: args.yaml,
+summary.csv, last.pth.tar.
 """
 
 import argparse
@@ -52,8 +53,7 @@ DEFAULTS = {
     "early_size": 32,  # of the crops by timm's transforms in the epochs up to
     "early": 0.0,  # this part of them
     "cutmix_prob": 0.5,  # share of the batches
-    "mixup_prob": 0.0,
-    "mixup_off": 0.84,  # after this part of the epochs there is neither
+    "cutmix_off": 0.84,  # after this part of the epochs there is none
     "smoothing": 0.1,
     "val_interval": 5,
     "train_on_all": False,  # with what is held out, which then measures nothing
@@ -86,19 +86,18 @@ class Transformed:
     """
 
     def __init__(self, images: Tensor, sizes: set[int], device: str, seed: int, **more):
-        largest, self.device, self.seed = images[0].numel() // images[0, 0].numel() * max(sizes) ** 2, device, seed
-        self.count, self.made = len(images), 0
+        self.count, self.seed, self.made = len(images), seed, 0
         # Anonymous memory, which forked processes share: /dev/shm may be small.
-        memory = torch.frombuffer(mmap.mmap(-1, 2 * self.count * largest), dtype=torch.bfloat16)
+        self.memory = torch.frombuffer(mmap.mmap(-1, 2 * self.count * 3 * max(sizes) ** 2), dtype=torch.bfloat16)
         transforms = {size: create_transform(size, is_training=True, **more) for size in sizes}
-        state = (np.ascontiguousarray(images.permute(0, 2, 3, 1)), memory, transforms)
-        self.memory, self.processes = memory, max(1, (os.cpu_count() or 1) - 1)
-        self.pool = multiprocessing.get_context("fork").Pool(self.processes, _begin, state)
+        state = (np.ascontiguousarray(images.permute(0, 2, 3, 1)), self.memory, transforms)
+        processes = max(1, (os.cpu_count() or 1) - 1)
+        self.pool = multiprocessing.get_context("fork").Pool(processes, _begin, state)
         self.thread = ThreadPoolExecutor(1)
-        self.on_device = [torch.empty_like(memory, device=device) for _ in range(2)]
+        self.on_device = [torch.empty_like(self.memory, device=device) for _ in range(2)]
         self.stream = torch.cuda.Stream() if self.on_device[0].is_cuda else None
 
-    def begin(self, size: int) -> "Future[Tensor]":
+    def begin(self, size: int) -> Future:
         """Images of the next epoch, [N, 3, size, size]. Those of the last epoch but one are gone with it."""
         return self.thread.submit(self._make, size)
 
@@ -150,18 +149,14 @@ def crops(images: Tensor, size: int) -> Tensor:
     return out.permute(0, 3, 1, 2).contiguous()
 
 
-def mix(images: Tensor, targets: Tensor, cutmix: Tensor, mixup: Tensor) -> tuple[Tensor, Tensor]:
-    """timm's CutMix or mixup of a batch with itself in reverse order, each with its probability, without a number that
-    the host would have to know."""
+def cutmix(images: Tensor, targets: Tensor, prob: Tensor) -> tuple[Tensor, Tensor]:
+    """timm's CutMix of a batch with itself in reverse order, without a number that the host would have to know."""
     size, device = images.shape[-1], images.device
-    chosen = torch.rand((), device=device)
-    half = torch.sqrt(torch.rand((), device=device)) / 2 * (chosen < cutmix)  # of uniform area
+    half = torch.sqrt(torch.rand((), device=device)) / 2 * (torch.rand((), device=device) < prob)  # of uniform area
     at = (torch.arange(size, device=device) + 0.5) / size
     rows, columns = ((at - torch.rand((), device=device)).abs() < half for _ in range(2))
-    box = (rows[:, None] & columns).float()
-    faded = torch.rand((), device=device) * ((chosen >= cutmix) & (chosen < cutmix + mixup))
-    other = box + faded  # one of the two is zero
-    return images.lerp(images.flip(0), other.to(images.dtype)), targets.lerp(targets.flip(0), other.mean())
+    box = rows[:, None] & columns
+    return torch.where(box, images.flip(0), images), targets.lerp(targets.flip(0), box.float().mean())
 
 
 class Optimizer:
@@ -223,7 +218,7 @@ class Step:
     Attributes:
         chosen: Which images it takes.
         batch: Their transformed pixels; None where it crops the images itself.
-        cutmix, mixup: Their probabilities.
+        prob: Of CutMix.
         loss: Sum over the steps.
     """
 
@@ -233,14 +228,14 @@ class Step:
         self.chosen = torch.zeros(args.batch_size, dtype=torch.long, device=device)
         pixels = (args.batch_size, 3, size, size)
         self.batch = torch.zeros(pixels, dtype=torch.bfloat16, device=device) if size else None
-        self.cutmix, self.mixup, self.loss = (torch.zeros((), device=device) for _ in range(3))
+        self.prob, self.loss = (torch.zeros((), device=device) for _ in range(2))
         self.graph, self.steps = None, 0
         self.stream = torch.cuda.Stream() if targets.is_cuda else None
 
     def _run(self) -> None:
         with torch.no_grad():
             images = crops(self.images[self.chosen], self.args.size) if self.batch is None else self.batch
-            images, targets = mix(images, self.targets[self.chosen], self.cutmix, self.mixup)
+            images, targets = cutmix(images, self.targets[self.chosen], self.prob)
         logits = forward(self.model, images) if images.is_cuda else self.model(images.float())
         loss = torch.sum(-targets * F.log_softmax(logits.float(), 1), 1).mean()
         loss.backward()
@@ -356,8 +351,7 @@ def train(settings: dict, data: Path, run: Path, device: str, seconds: float | N
             pixels = coming.result()
             coming = transformed.begin(size_at(after)) if after < 1 - share / 2 else None
         order = torch.randperm(len(images), device=device)
-        step.cutmix.fill_(args.cutmix_prob * (progress < args.mixup_off))
-        step.mixup.fill_(args.mixup_prob * (progress < args.mixup_off))
+        step.prob.fill_(args.cutmix_prob * (progress < args.cutmix_off))
         step.loss.zero_()
         for i in range(per_epoch):
             lr.fill_(args.lr * learning_rate(progress + share * i / per_epoch, warmup))
