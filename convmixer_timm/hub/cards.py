@@ -69,6 +69,7 @@ class Training:
         dataset: The same as the Hub names a dataset; empty for one that isn't there.
         cost: Hours and machine, or nothing.
         start: Name of the weights that it started from, or nothing.
+        teacher: Name of the model that it was distilled from, or nothing.
         base_model: Those as the Hub names a model; empty for ones that aren't there.
         resumed: What else was trained before, where the arguments don't tell, or nothing.
         again: How to repeat it, where ``args.yaml`` alone doesn't: a run that was resumed with other settings.
@@ -81,6 +82,7 @@ class Training:
     dataset: str = ""
     cost: str = ""
     start: str = ""
+    teacher: str = ""
     base_model: str = ""
     resumed: str = ""
     again: str = _AGAIN
@@ -114,8 +116,9 @@ def make_card(
     parts = [f"# {name}", facts]
     if training:
         start = f", from the weights of `{training.start}`" if training.start else ""
+        teacher = f", with `{training.teacher}` as its teacher" if training.teacher else ""
         epochs = f"{training.epochs} epoch{'s' * (training.epochs != 1)}"
-        parts.append(f"Trained for {epochs} on {training.data}{start}.")
+        parts.append(f"Trained for {epochs} on {training.data}{start}{teacher}.")
     if evaluation:
         figures = {f"top-{k}": f"{value:.2f}" for k, value in _accuracies(evaluation).items()}
         columns = {**figures, "measured on": evaluation.data}

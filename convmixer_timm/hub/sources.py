@@ -230,6 +230,7 @@ def read_run(
         data=_data(record, args, "train"),
         dataset=_hub_data_set(record.data.name if record else args["dataset"]),
         start=_start(args),
+        teacher=_without_folders(args.get("kd_model_name") or ""),
         base_model=_hub_model(args),
         resumed=_resumed(record),
     )

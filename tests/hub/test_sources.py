@@ -314,6 +314,8 @@ def test_folders_of_the_machine_stay_on_it(tmp_path):
     run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2, **elsewhere, **teacher)
     source = read_run(run)
     assert b"/home" not in source.files["args.yaml"] and "/home" not in source.evaluation.data
+    pack(source, tmp_path / "packed")
+    assert ", with `local-dir:teacher` as its teacher." in (tmp_path / "packed/README.md").read_text()
 
 
 def test_a_data_set_of_an_earlier_publish_goes():

@@ -364,7 +364,8 @@ def test_a_run_has_one_process(train, tmp_path):
     assert "another process is training into" in refused(train(*longer))
     assert snapshot(run) == before
     # One that has no checkpoint yet.
-    (run / "last.pth.tar").unlink()
+    for file in run.glob("*.pth.tar"):
+        file.unlink()
     assert "another process is training into" in refused(train())
     os.close(held)
     assert train().returncode == 0
