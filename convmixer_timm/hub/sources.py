@@ -302,7 +302,8 @@ def _described(file: Path, args: dict[str, Any]) -> Model:
 
 def _start(args: dict[str, Any]) -> str:
     """What weights a run began with, without the folders of the machine; nothing for random ones."""
-    for name in ("initial_checkpoint", "pretrained_path"):  # which train.py loads in the place of the model's own
+    # Which train.py loads in the place of the model's own, the second one with --pretrained only.
+    for name in ("initial_checkpoint", *["pretrained_path"] * bool(args["pretrained"])):
         if args.get(name):
             return Path(args[name]).name
     if args.get("resume") and args.get("start_epoch") == 0:

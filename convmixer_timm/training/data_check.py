@@ -17,7 +17,7 @@ from ..errors import one_line
 from ..files import as_text
 from ..images import known_extensions, load_image
 
-__all__ = ["Data", "Split", "check_evaluation_data", "check_training_data", "left_out"]
+__all__ = ["Data", "Split", "check_evaluation_data", "check_training_data", "compare_names", "left_out"]
 
 _SAMPLE = 100  # images a split that are read
 _STATS = 100_000  # files a split whose sizes are asked for: on a network's disk each costs a round trip
@@ -176,18 +176,38 @@ def check_evaluation_data(args: Namespace, classes: list[str] | None, recorded: 
         if not reading.in_root:
             raise
         raise ValueError(f"{args.data_dir} has no folder {args.split}: give --split NAME ({error})") from error
-    if classes and reading.classes and reading.classes != classes:
-        renamed = len(classes) == len(reading.classes) and not set(classes) & set(reading.classes)
-        if renamed and (args.class_map or not recorded):
-            return (
-                f"{reading.where} calls its classes {_listed(reading.classes)}, and the model {_listed(classes)}: "
-                "taken for the same, in this order"
-            )
-        raise ValueError(
-            f"{_difference(reading.where, reading.classes, 'the model', classes)}: its accuracy would be that of "
-            "wrong names; --class-map FILE, a line a class, gives the model's order"
-        )
-    return ""
+    harm = "its accuracy would be that of wrong names"
+    return compare_names(
+        reading.where, reading.classes, "the model", classes, harm, bool(args.class_map) or not recorded
+    )
+
+
+def compare_names(
+    where: str, names: list[str] | None, model: str, classes: list[str] | None, harm: str, renamed: bool = True
+) -> str:
+    """Compares a data set's classes with a model's, as far as both are known.
+
+    Args:
+        where: What to call the data.
+        names: The data's classes.
+        model: What to call the model.
+        classes: The model's classes.
+        harm: What comes of a difference.
+        renamed: Whether as many, of which not one is the same, may be the same ones under other names.
+
+    Returns:
+        That they are taken for the same, to be said; or nothing.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if not classes or not names or names == classes:
+        return ""
+    if renamed and len(classes) == len(names) and not set(classes) & set(names):
+        told = f"{where} calls its classes {_listed(names)}, and {model} {_listed(classes)}"
+        return f"{told}: taken for the same, in this order"
+    order = "--class-map FILE, a line a class, gives the model's order"
+    raise ValueError(f"{_difference(where, names, model, classes)}: {harm}; {order}")
 
 
 class _Reading:

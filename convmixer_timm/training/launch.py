@@ -9,13 +9,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..checkpoints import read_checkpoint
-from ..errors import NETWORK
+from .argument_check import check_evaluated_model, check_training_arguments, check_values, scheduled_epochs
 from .compat import keep_best
 from .data_check import check_evaluation_data, check_training_data, left_out
-from .record import FILE, Record, reserve, stored_config, write_when_it_starts
+from .record import FILE, Record, reserve, stored_names, write_when_it_starts
 from .scripts import check_config, find_script, import_modules, read_config, run_script, script_flags, script_options
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "prepare_evaluation",
     "prepare_training",
     "recipes",
-    "scheduled_epochs",
     "told_by_record",
     "train_arguments",
 ]
@@ -37,14 +35,6 @@ _OF_THE_OPTIMIZER = (
 )  # fmt: skip
 # Arguments of a model, by their names' beginnings, that don't change what it computes once it is trained.
 _OF_TRAINING = ("drop", "pretrained_cfg")
-# What ``train.py`` takes as it comes, and looks at late: of some, after an epoch.
-_CHOICES = {
-    "eval_metric": ("loss", "top1", "top5"),
-    "amp_dtype": ("float16", "bfloat16"),
-    "train_interpolation": ("random", "bilinear", "bicubic"),
-}
-_LEAST = {"epochs": 1, "log_interval": 1, "val_interval": 1, "checkpoint_hist": 1, "workers": 0}
-_PAIRS = ("scale", "ratio", "cutmix_minmax")
 
 
 def _given(args: list[str], name: str) -> str | None:
@@ -166,7 +156,7 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     options = script_options(path, args)
     if options is None:
         return args
-    _check_values(options)
+    check_values(options)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     data = check_training_data(options, processes)
     if data.val_split != options.val_split:
@@ -177,8 +167,8 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     options = script_options(path, args)
     assert options is not None
     record = Record.of(options, data, recipe, processes)
-    _check_channels(options, record)
-    _check_output(options)
+    if note := check_training_arguments(options, record):
+        _say(note)
     run = Path(options.output or "output/train") / options.experiment if options.experiment else None
     resumed = Path(options.resume) if options.resume else None
     if run and not (run / LAST).exists():
@@ -227,46 +217,6 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     return args
 
 
-def _check_values(options: Namespace) -> None:
-    """Raises ValueError for what ``train.py``'s parser lets pass."""
-    for name, choices in _CHOICES.items():
-        if (value := getattr(options, name, None)) not in (None, "", *choices):
-            raise ValueError(f"--{name.replace('_', '-')} is one of {', '.join(choices)}, got {value}")
-    for name, least in _LEAST.items():
-        if isinstance(value := getattr(options, name, None), int) and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {least} or more, got {value}")
-    for name in _PAIRS:
-        if (pair := getattr(options, name, None)) is not None and len(pair) != 2:
-            raise ValueError(f"--{name.replace('_', '-')} takes two numbers, the least and the greatest, got {pair}")
-
-
-def _check_channels(options: Namespace, record: Record) -> None:
-    """Raises ValueError unless images have the model's channels, and a mean and a deviation for each."""
-    told = record.model.preprocessing
-    channels, size = told["input_size"][0], options.input_size
-    wanted = options.in_chans or channels
-    if channels != wanted:
-        height, width = told["input_size"][1:]
-        told_how = f"--input-size {wanted} {height} {width}"
-        raise ValueError(f"the model takes {wanted} channels and its images have {channels}: give {told_how}")
-    if size and not len(told["mean"]) == len(told["std"]) == channels:
-        numbers = " ".join(["0.5"] * channels)
-        raise ValueError(
-            f"images of {channels} channels need as many numbers in --mean and --std, {numbers} say; got "
-            f"{len(told['mean'])} and {len(told['std'])}"
-        )
-
-
-def _check_output(options: Namespace) -> None:
-    """Raises ValueError where no run's folder can be made."""
-    folder = Path(options.output or "output/train").resolve()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"{there} is a file: give another --output")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{there} can't be written to: give another --output")
-
-
 def _check_resumable(checkpoint: Path, record: Record, before: Record, options: Namespace) -> None:
     """Raises ValueError for a checkpoint of another model, and for arguments that its optimizer would win over."""
     mine, theirs = (
@@ -303,12 +253,6 @@ def _epoch_of(checkpoint: Path) -> int:
     return epoch
 
 
-def scheduled_epochs(options: Namespace) -> int:
-    """How many epochs ``train.py`` makes of its arguments, cycles, warmup and cooldown included."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr or options.lr_base)
-    return create_scheduler_v2(optimizer, **scheduler_kwargs(options), updates_per_epoch=1)[1]
-
-
 def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
     """Arguments of a script that reads a run's checkpoint, with what the run's record tells of its model.
 
@@ -322,7 +266,7 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
     if "--checkpoint" not in path.read_text(encoding="utf-8"):
         return args
     options = script_options(path, args)
-    if options is None:
+    if options is None or "checkpoint" not in options:
         return args
     checkpoint = Path(options.checkpoint or "")
     run = checkpoint if checkpoint.is_dir() else checkpoint.parent
@@ -336,6 +280,7 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
             _say(f"From {run / FILE}: {' '.join(added)}")
         args = [*added, *args]
         options = script_options(path, args) or options
+    check_evaluated_model(options)
     if path.stem == "validate":
         classes = record.data.classes if record else _pretrained_classes(options)
         if note := check_evaluation_data(options, classes, recorded=bool(record)):
@@ -347,12 +292,7 @@ def _pretrained_classes(options: Namespace) -> list[str] | None:
     """What a pretrained model calls its classes; None where it doesn't tell."""
     if not getattr(options, "pretrained", False) or options.checkpoint:
         return None
-    try:
-        names: Any = stored_config(options.model).get("label_names")
-    except NETWORK:
-        return None  # which the script will meet itself
-    told = list(map(str, names)) if isinstance(names, list | tuple) else []
-    return None if told == [str(i) for i in range(len(told))] else told
+    return stored_names(options.model)
 
 
 def told_by_record(record: Record, flags: set[str]) -> list[str]:

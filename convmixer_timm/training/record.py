@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Model", "Record", "describe_model", "reserve", "stored_config", "write_when_it_starts"]
+__all__ = ["Model", "Record", "describe_model", "reserve", "stored_config", "stored_names", "write_when_it_starts"]
 
 FILE = "run.json"
 
@@ -252,6 +252,16 @@ def stored_config(name: str) -> dict[str, Any]:
             raise ValueError(f"{file} describes no model: {one_line(error)}") from error
     cfg, _, args = load_model_config_from_hf(location.removeprefix("//"))
     return {**cfg, "model_args": args}
+
+
+def stored_names(name: str) -> list[str] | None:
+    """What a pretrained model calls its classes; None where it doesn't tell, or can't be reached."""
+    try:
+        names: Any = stored_config(name).get("label_names")
+    except NETWORK:
+        return None  # which the script will meet itself
+    told = list(map(str, names)) if isinstance(names, list | tuple) else []
+    return None if told == [str(i) for i in range(len(told))] else told
 
 
 def _stored_args(name: str) -> dict[str, Any]:

@@ -213,6 +213,8 @@ def test_the_file_that_it_began_with(option, tmp_path):
     }
     text = card_of(make_run(tmp_path / "run", NAMES, **changes), tmp_path).text
     assert "from the weights of `own.pth`" in text and "/home/ann" not in text
+    random = card_of(make_run(tmp_path / "random", NAMES, **{**changes, "pretrained": False}), tmp_path).text
+    assert ("from the weights of" in random) == (option == "initial_checkpoint")  # train.py passes over the other
 
 
 def test_a_local_folder_that_it_began_with_is_no_address(tmp_path):

@@ -172,7 +172,7 @@ def test_a_summary_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         ),
         (
             "in_chans: 1\nmodel: convmixer_128_4\nbatch_size: 2",
-            "the model takes 1 channels and its images have 3: give --input-size 1 28 28",
+            "the model takes 1 channels and its images have 3: give --input-size 1 32 32",
         ),
         ("bn_eps: 0.1\nmodel: convmixer_128_4\nbatch_size: 2", "unexpected keyword argument 'bn_eps'"),
         ("amp: 3", "amp has to be true or false, and is 3"),

@@ -1,0 +1,232 @@
+"""What a script of timm's takes as it comes and stumbles over late, or passes over: values, model and weights."""
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform
+from timm.models import load_state_dict
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+from ..checkpoints import Shape, checkpoint_filter_fn, read_checkpoint
+from ..errors import one_line
+from .data_check import Data, compare_names
+from .record import Model, Record, describe_model, stored_names
+
+__all__ = ["check_evaluated_model", "check_training_arguments", "check_values", "scheduled_epochs"]
+
+_CHOICES = {
+    "eval_metric": ("loss", "top1", "top5"),
+    "amp_dtype": ("float16", "bfloat16"),
+    "train_interpolation": ("random", "bilinear", "bicubic"),
+}
+_LEAST = {
+    **dict.fromkeys(("epochs", "log_interval", "val_interval", "checkpoint_hist", "grad_accum_steps", "img_size"), 1),
+    **dict.fromkeys(("workers", "mixup", "cutmix", "weight_decay", "warmup_epochs", "cooldown_epochs"), 0),
+}
+_SHARES = (
+    "smoothing", "mixup_prob", "mixup_switch_prob", "hflip", "vflip", "reprob", "drop", "drop_path", "drop_block",
+    "model_ema_decay",
+)  # fmt: skip
+_PAIRS = ("scale", "ratio", "cutmix_minmax")
+
+
+def scheduled_epochs(options: Namespace) -> int:
+    """How many epochs ``train.py`` makes of its arguments, cycles, warmup and cooldown included."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr or options.lr_base)
+    return create_scheduler_v2(optimizer, **scheduler_kwargs(options), updates_per_epoch=1)[1]
+
+
+def _optimizer(options: Namespace) -> None:
+    told = {**optimizer_kwargs(options), "lr": options.lr or options.lr_base, "layer_decay": None}
+    create_optimizer_v2(torch.nn.Linear(2, 2), **{**told, **(options.opt_kwargs or {})})
+
+
+def _transform(options: Namespace) -> None:
+    create_transform(32, is_training=True, auto_augment=options.aa, re_prob=options.reprob, re_mode=options.remode)
+
+
+def _device(options: Namespace) -> None:
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no GPU that this PyTorch can use: give --device cpu")
+
+
+# What is made of several arguments, in the order in which they are looked at; by timm's own functions.
+_MADE: dict[str, Callable[[Namespace], Any]] = {
+    "device": _device,
+    "opt": _optimizer,
+    "sched": scheduled_epochs,
+    "aa": _transform,
+}
+
+
+def check_values(options: Namespace) -> None:
+    """Raises ValueError for what ``train.py``'s parser lets pass."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+
+    def refuse(name: str, wanted: str) -> None:
+        raise ValueError(f"--{name.replace('_', '-')} {wanted}, got {given[name]}")
+
+    for name, value in given.items():
+        number = isinstance(value, int | float)
+        if name in _CHOICES and value not in ("", *_CHOICES[name]):
+            refuse(name, f"is one of {', '.join(_CHOICES[name])}")
+        if name in _LEAST and number and value < _LEAST[name]:
+            refuse(name, f"is {_LEAST[name]} or more")
+        if name in _SHARES and number and not 0 <= value <= 1:
+            refuse(name, "is a share, from 0 to 1")
+        if name in _PAIRS and len(value) != 2:
+            refuse(name, "takes two numbers, the least and the greatest")
+        if name == "input_size" and min(value) < 1:
+            refuse(name, "is channels, height and width, each 1 or more")
+    for name, make in _MADE.items():
+        if name not in given or not given[name]:
+            continue
+        try:
+            make(options)
+        except (ValueError, AssertionError, RuntimeError, TypeError, KeyError, NotImplementedError) as error:
+            raise ValueError(f"--{name} {given[name]}: {one_line(error)}") from error
+
+
+def check_training_arguments(options: Namespace, record: Record) -> str:
+    """Looks at a training's arguments beside its model and its data.
+
+    Returns:
+        What could not be compared, to be said; or nothing.
+
+    Raises:
+        HubError: If a teacher's description is on the Hub and can't be had.
+        OSError: If there are no such weights to start from.
+        ValueError: If images don't fit the model, no run's folder can be made, or the weights to start from or a
+            teacher's don't fit.
+    """
+    _check_channels(options, record)
+    _check_output(options)
+    _check_weights(options, record.model)
+    return _check_teacher(options, record.data) if getattr(options, "kd_model_name", None) else ""
+
+
+def _check_channels(options: Namespace, record: Record) -> None:
+    told = record.model.preprocessing
+    channels, size = told["input_size"][0], options.input_size
+    wanted = options.in_chans or channels
+    if channels != wanted:
+        height, width = told["input_size"][1:]
+        told_how = f"--input-size {wanted} {height} {width}"
+        raise ValueError(f"the model takes {wanted} channels and its images have {channels}: give {told_how}")
+    if size and not len(told["mean"]) == len(told["std"]) == channels:
+        numbers = " ".join(["0.5"] * channels)
+        raise ValueError(
+            f"images of {channels} channels need as many numbers in --mean and --std, {numbers} say; got "
+            f"{len(told['mean'])} and {len(told['std'])}"
+        )
+
+
+def _check_output(options: Namespace) -> None:
+    folder = Path(options.output or "output/train").resolve()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file: give another --output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{there} can't be written to: give another --output")
+
+
+def _check_weights(options: Namespace, model: Model) -> None:
+    """Raises OSError or ValueError unless the weights that a script's arguments name can be had and fit its model."""
+    given = vars(options)
+    if path := given.get("pretrained_path"):
+        if not options.pretrained:
+            raise ValueError(f"--pretrained-path {path} is passed over without --pretrained: add that")
+        _check_file("--pretrained-path", Path(path), model, adapted=True)
+    elif given.get("pretrained"):
+        _check_pretrained("--model", options.model, given.get("model_kwargs") or {})
+    for name in ("initial_checkpoint", "checkpoint"):
+        path = Path(given.get(name) or "")
+        if given.get(name) and not path.is_dir():  # of validate.py, one of many checkpoints
+            _check_file(f"--{name.replace('_', '-')}", path, model, adapted=False)
+
+
+def _check_pretrained(option: str, name: str, model_kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for a registered name without weights."""
+    cfg = None if ":" in name else timm.get_pretrained_cfg(name)
+    if cfg is None or cfg.has_weights or model_kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}:
+        return
+    known = ", ".join(timm.list_pretrained(f"{name.split('.')[0].split('_')[0]}*"))
+    raise ValueError(f"{option} {name} has no pretrained weights. With weights there are: {known or 'none'}.")
+
+
+def _check_file(option: str, path: Path, model: Model, adapted: bool) -> None:
+    """Raises OSError or ValueError unless a file has a model's weights.
+
+    Args:
+        option: Which names it.
+        path: The file.
+        model: The model.
+        adapted: Whether timm brings it into its own layout, and gives it the model's classes and channels.
+    """
+    if path.suffix.lower() in (".npz", ".npy"):  # which some architectures read by themselves
+        return
+    content = read_checkpoint(path)
+    if not model.architecture.startswith("convmixer"):
+        return
+    with torch.device("meta"):
+        made: Any = timm.create_model(
+            model.architecture,
+            num_classes=model.num_classes,
+            in_chans=model.preprocessing["input_size"][0],
+            **model.args,
+        )
+    try:
+        found = asdict(Shape.of(checkpoint_filter_fn(content, made)))
+    except ValueError as error:
+        raise ValueError(f"{option} {path}: {error}") from error
+    if adapted:
+        return
+    if "stem.0.weight" not in load_state_dict(str(path), weights_only=True):
+        raise ValueError(
+            f"{option} {path} isn't in timm's layout: write it anew by convmixer-timm convert {path} NEW.safetensors"
+        )
+    wanted = asdict(Shape.of(made.state_dict()))
+    if other := [name for name in wanted if wanted[name] != found[name]]:
+        there, here = (", ".join(f"{name} {sizes[name]}" for name in other) for sizes in (found, wanted))
+        hint = ": --pretrained --pretrained-path FILE adapts it" if option == "--initial-checkpoint" else ""
+        raise ValueError(f"{option} {path} has {there} and the model {here}{hint}")
+
+
+def _check_teacher(options: Namespace, data: Data) -> str:
+    """Raises ValueError for a teacher without weights, or of other classes: timm would give it a head at random.
+
+    Returns a note on names that can't be compared, or nothing.
+    """
+    option, name = "--kd-model-name", options.kd_model_name
+    try:
+        teacher = describe_model(Namespace(model=name))
+    except ValueError as error:
+        raise ValueError(str(error).replace("--model", option, 1)) from error
+    _check_pretrained(option, name, {})
+    if getattr(options, "kd_distill_type", "logit") == "feature":  # which its head is no part of
+        return ""
+    classes = options.num_classes or data.num_classes
+    if teacher.num_classes != classes:
+        raise ValueError(f"{option} {name} knows {teacher.num_classes} classes, and the data have {classes}")
+    return compare_names("the data", data.classes, name, stored_names(name), "it would teach wrong names")
+
+
+def check_evaluated_model(options: Namespace) -> None:
+    """Raises HubError, OSError or ValueError unless a script's model and weights can be had and fit each other.
+
+    Names that ``validate.py`` and others take for many models (a pattern, ``all``, a file of names) are left to them.
+    """
+    name = getattr(options, "model", None)
+    if name and (":" in name or timm.is_model(name) or not _many(name)):
+        _check_weights(options, describe_model(options))
+
+
+def _many(name: str) -> bool:
+    return name == "all" or bool(timm.list_models(name)) or os.path.isfile(name)

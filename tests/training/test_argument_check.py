@@ -1,0 +1,137 @@
+"""Arguments of timm's scripts, looked at before they run."""
+
+from argparse import Namespace
+
+import pytest
+import timm
+import torch
+import yaml
+
+from convmixer_timm.convmixer import CIFAR10_LABELS, WEIGHTS_DIR
+from convmixer_timm.training.argument_check import check_evaluated_model, check_training_arguments, check_values
+from convmixer_timm.training.data_check import Data
+from convmixer_timm.training.record import Record
+
+NAME = "convmixer_128_4.e25_cifar10"
+# What train.py's parser makes of a whole command.
+ARGS = yaml.safe_load((WEIGHTS_DIR / NAME / "args.yaml").read_text())
+OWN = {"device": "cpu", "output": "", "experiment": "", "num_classes": 2, "opt_kwargs": {}}
+
+
+def options_of(**given):
+    return Namespace(**{**ARGS, **OWN, **given})
+
+
+def check(classes=("ant", "bee"), **given):
+    options = options_of(**{"num_classes": len(classes), **given})
+    data = Data("insects", list(classes), {}, "validation", len(classes))
+    return check_training_arguments(options, Record.of(options, data))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"opt": "nope"}, "--opt nope: Optimizer nope not found"),
+        ({"opt": "adamw", "opt_betas": [0.9, 7.0]}, "--opt adamw: Invalid beta"),
+        ({"sched": "nope"}, "--sched nope: Unknown scheduler"),
+        ({"aa": "nonsense"}, "--aa nonsense: Unknown AA policy"),
+        ({"device": "gpu"}, "--device gpu: "),
+        ({"smoothing": 1.5}, "--smoothing is a share, from 0 to 1, got 1.5"),
+        ({"drop_path": -0.1}, "--drop-path is a share, from 0 to 1, got -0.1"),
+        ({"cutmix": -1.0}, "--cutmix is 0 or more, got -1.0"),
+        ({"epochs": 0}, "--epochs is 1 or more, got 0"),
+        ({"input_size": [3, 0, 32]}, "--input-size is channels, height and width, each 1 or more, got [3, 0, 32]"),
+        ({"ratio": [1.0]}, "--ratio takes two numbers"),
+        ({"amp_dtype": "bf16"}, "--amp-dtype is one of float16, bfloat16, got bf16"),
+    ],
+)
+def test_values(given, message):
+    check_values(options_of())
+    with pytest.raises(ValueError) as error:
+        check_values(options_of(**given))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match=r"--device cuda:0: there is no GPU .* give --device cpu"):
+        check_values(options_of(device="cuda:0"))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Checkpoints by what is special of each."""
+    deep, good = (timm.create_model(f"convmixer_128_{depth}", num_classes=2).state_dict() for depth in (8, 4))
+    ten = timm.create_model("convmixer_128_4", num_classes=10).state_dict()
+    content = {"good": good, "deep": {"state_dict": deep}, "ten": ten, "nested": {"net": good}, "other": {"a": 1}}
+    for name, saved in content.items():
+        torch.save(saved, tmp_path / f"{name}.pth")
+    (tmp_path / "damaged.pth").write_bytes(b"nothing")
+    return tmp_path
+
+
+@pytest.mark.parametrize("option", ["initial_checkpoint", "pretrained_path"])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("absent", "No such checkpoint file"),
+        ("damaged", "can't be read as weights"),
+        ("other", "Not a ConvMixer checkpoint"),
+        ("deep", "expected dim 128, depth 4, .*; found dim 128, depth 8"),
+    ],
+)
+def test_files_to_start_from_that_do_not_fit(option, name, message, files):
+    with pytest.raises((ValueError, OSError), match=message):
+        check(pretrained=True, **{option: str(files / f"{name}.pth")})
+
+
+def test_files_to_start_from(files):
+    assert check(initial_checkpoint=str(files / "good.pth")) == ""
+    # timm adapts these, and loads the others as they are.
+    for name in ("ten", "nested", "good"):
+        assert check(pretrained=True, pretrained_path=str(files / f"{name}.pth")) == ""
+    with pytest.raises(ValueError, match="num_classes 10 and the model num_classes 2: --pretrained --pretrained-path"):
+        check(initial_checkpoint=str(files / "ten.pth"))
+    with pytest.raises(ValueError, match=r"isn't in timm's layout: .* convmixer-timm convert"):
+        check(initial_checkpoint=str(files / "nested.pth"))
+    with pytest.raises(ValueError, match=r"good\.pth is passed over without --pretrained: add that"):
+        check(pretrained_path=str(files / "good.pth"))
+
+
+def test_pretrained_weights_that_there_are_none_of():
+    with pytest.raises(ValueError, match=r"--model convmixer_256_16_ks9_p1 has no pretrained weights.*e25_cifar10"):
+        check(model="convmixer_256_16_ks9_p1", pretrained=True)
+    assert check(model=NAME, pretrained=True) == ""
+
+
+def test_teachers():
+    assert check(CIFAR10_LABELS, kd_model_name=NAME) == ""
+    note = check([f"n{i}" for i in range(10)], kd_model_name=NAME)
+    assert "calls its classes n0" in note and "taken for the same" in note
+    with pytest.raises(ValueError, match="in another order: it would teach wrong names"):
+        check(CIFAR10_LABELS[::-1], kd_model_name=NAME)
+    with pytest.raises(ValueError, match=f"--kd-model-name {NAME} knows 10 classes, and the data have 2"):
+        check(kd_model_name=NAME)
+    assert check(kd_model_name=NAME, kd_distill_type="feature") == ""
+    with pytest.raises(ValueError, match="--kd-model-name nope can't be made: Unknown model"):
+        check(kd_model_name="nope")
+    with pytest.raises(ValueError, match="--kd-model-name convmixer_256_8_ks7_p2 has no pretrained weights"):
+        check(kd_model_name="convmixer_256_8_ks7_p2")
+
+
+def test_models_to_evaluate(files):
+    def evaluate(**given):
+        check_evaluated_model(Namespace(**{"model": "convmixer_128_4", "pretrained": False, "checkpoint": "", **given}))
+
+    evaluate(checkpoint=str(files / "ten.pth"))
+    evaluate(checkpoint=str(files))  # a folder, of which validate.py takes each
+    for many in ("all", "convmixer_128*", str(files / "good.pth")):
+        evaluate(model=many)
+    with pytest.raises(ValueError, match="--model nope can't be made"):
+        evaluate(model="nope")
+    with pytest.raises(OSError, match="No such checkpoint file"):
+        evaluate(checkpoint="nofile")
+    with pytest.raises(ValueError, match=r"has num_classes 2 and the model num_classes 10$"):
+        evaluate(checkpoint=str(files / "good.pth"))
+    with pytest.raises(ValueError, match="has no pretrained weights"):
+        evaluate(model="convmixer_256_16_ks9_p1", pretrained=True)
