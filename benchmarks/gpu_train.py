@@ -40,12 +40,17 @@ DEFAULTS = {
     "model": "convmixer_256_8",
     "epochs": 25,
     "batch_size": 128,
+    "opt": "nmuon",  # or adam
     "lr": 0.01,
     "weight_decay": 0.02,
     "momentum": 0.9,
+    "sched": "cosine",  # or constant
     "warmup_epochs": 2,
+    "mean": None,  # in place of the variant's
+    "std": None,
     "size": 32,  # of the crops
-    "padding": 4,  # reflected, around the images that are cropped
+    "padding": 4,  # around the images that are cropped
+    "padding_mode": "reflect",  # or constant: black
     "aa": "",  # timm's name of a policy: then its transforms make the crops, with the three below, as train.py has them
     "scale": [0.75, 1.0],
     "ratio": [0.75, 4 / 3],
@@ -174,7 +179,6 @@ class Optimizer:
         for group in self.rest.param_groups:
             group["lr"] = lr
         self.buffers = {key: torch.zeros(len(ps), *key[1:], device=lr.device) for key, ps in self.matrices.items()}
-        self.parameters = list(model.parameters())
 
     @torch.no_grad()
     def step(self) -> None:
@@ -246,8 +250,7 @@ class Step:
         self.steps += 1
         if self.graph:
             return self.graph.replay()
-        for p in self.optimizer.parameters:
-            p.grad = None
+        self.model.zero_grad()
         if not self.stream:
             return self._run()
         if self.steps <= 3:
@@ -262,11 +265,17 @@ class Step:
             self.graph.replay()
 
 
-def learning_rate(progress: float, warmup: float) -> float:
-    """A share of the highest: linear from a hundredth, then a half cosine to zero."""
+def make_optimizer(model: torch.nn.Module, lr: Tensor, args: argparse.Namespace) -> Optimizer | torch.optim.Adam:
+    if args.opt == "adam":
+        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=args.weight_decay, capturable=lr.is_cuda)
+    return Optimizer(model, lr, args.weight_decay, args.momentum, capturable=lr.is_cuda)
+
+
+def learning_rate(progress: float, warmup: float, sched: str = "cosine") -> float:
+    """A share of the highest: linear from a hundredth, then that highest, or a half cosine to zero."""
     if progress < warmup:
         return 0.01 + 0.99 * progress / warmup
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0 if sched == "constant" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Pace:
@@ -314,24 +323,27 @@ def train(settings: dict, data: Path, run: Path, device: str, seconds: float | N
     if args.train_on_all:
         images, targets = torch.cat([images, held_out]), torch.cat([targets, held_out_targets])
     model = timm.create_model(args.model, num_classes=len(classes)).train()
-    cfg, sizes, transformed = model.pretrained_cfg, {args.size}, None
+    sizes, transformed = {args.size}, None
+    for name in ("mean", "std"):
+        setattr(args, name, list(getattr(args, name) or model.pretrained_cfg[name]))
     if args.aa:
         sizes |= {args.early_size} if args.early else set()
         transformed = Transformed(
             images, sizes, device, args.seed, scale=args.scale, ratio=args.ratio, auto_augment=args.aa,
-            re_prob=args.reprob, re_mode="pixel", interpolation="random", mean=cfg["mean"], std=cfg["std"],
+            re_prob=args.reprob, re_mode="pixel", interpolation="random", mean=args.mean, std=args.std,
         )  # fmt: skip
     elif args.early:
         raise SystemExit(f"{run.name}: smaller images early are made by timm's transforms, which want an aa")
     model.to(device)
-    mean, std = (torch.tensor(cfg[name], device=device).view(1, 3, 1, 1) * 255 for name in ("mean", "std"))
+    mean, std = (torch.tensor(told, device=device).view(1, 3, 1, 1) * 255 for told in (args.mean, args.std))
     if not transformed:
-        images = F.pad((images.to(device) - mean) / std, [args.padding] * 4, mode="reflect").bfloat16()
+        images = F.pad(images.to(device).float(), [args.padding] * 4, mode=args.padding_mode)
+        images = ((images - mean) / std).bfloat16()
     targets = F.one_hot(targets.to(device), len(classes)) * (1 - args.smoothing) + args.smoothing / len(classes)
     held_out, held_out_targets = (held_out.to(device) - mean) / std, held_out_targets.to(device)
 
     lr = torch.zeros((), device=device)
-    optimizer = Optimizer(model, lr, args.weight_decay, args.momentum, capturable=lr.is_cuda)
+    optimizer = make_optimizer(model, lr, args)
     steps = {
         size: Step(model, optimizer, images, targets, args, size if transformed else None) for size in sorted(sizes)
     }
@@ -354,7 +366,7 @@ def train(settings: dict, data: Path, run: Path, device: str, seconds: float | N
         step.prob.fill_(args.cutmix_prob * (progress < args.cutmix_off))
         step.loss.zero_()
         for i in range(per_epoch):
-            lr.fill_(args.lr * learning_rate(progress + share * i / per_epoch, warmup))
+            lr.fill_(args.lr * learning_rate(progress + share * i / per_epoch, warmup, args.sched))
             step.chosen.copy_(order[i * batch : (i + 1) * batch])
             if transformed:
                 torch.index_select(pixels, 0, step.chosen, out=step.batch)
@@ -377,7 +389,7 @@ def train(settings: dict, data: Path, run: Path, device: str, seconds: float | N
     if transformed:
         transformed.close()
     run.mkdir(parents=True, exist_ok=True)
-    told = {**vars(args), "opt": "nmuon", "input_size": [3, args.size, args.size], "num_classes": len(classes)}
+    told = {**vars(args), "input_size": [3, args.size, args.size], "num_classes": len(classes)}
     told |= {"experiment": run.name, "seconds": seconds}
     (run / "args.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
     with (run / "summary.csv").open("w", newline="", encoding="utf-8") as file:

@@ -9,9 +9,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from timm.optim import create_optimizer_v2
 
 from convmixer_timm.hub.sources import read_run
+from convmixer_timm.training.launch import RECIPES
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -96,6 +98,26 @@ def test_a_run_is_left_as_train_py_leaves_one(gpu_train, tmp_path):
     assert source.evaluation.top1 == float(row["eval_top1"])
     assert source.training.weights == "those of epoch 2 of 2"
     assert source.model.pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+def test_the_annotated_experiment(gpu_train, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    for split in ("train", "validation"):
+        shutil.copytree(Path(__file__).parent / "images", data / split)
+    settings = yaml.safe_load(gpu_train.RECIPES.read_text())["annotated_e150"]
+    theirs = yaml.safe_load((RECIPES / "annotated_e150.yaml").read_text())
+    names = "model", "epochs", "batch_size", "opt", "lr", "weight_decay", "warmup_epochs", "mean", "std", "smoothing"
+    assert all(settings[name] == theirs[name] for name in names)
+    seen, step = [], gpu_train.Step.__call__
+    monkeypatch.setattr(gpu_train.Step, "__call__", lambda self: (seen.append(self), step(self)))
+    settings |= dict(model="convmixer_128_4", epochs=2, batch_size=8)
+    row = gpu_train.train(settings, data, tmp_path / "annotated", "cpu")
+    images, optimizer = seen[0].images, seen[0].optimizer
+    assert images.shape[2:] == (40, 40) and set(images[:, :, :4].unique().tolist()) == {-1.0}  # black
+    assert type(optimizer) is torch.optim.Adam and optimizer.param_groups[0]["lr"] == row["lr"]
+    assert row["lr"] == pytest.approx(0.00025)
+    source = read_run(tmp_path / "annotated", labels=[f"class {i}" for i in range(10)])
+    assert source.model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
 
 
 def test_timms_transforms_make_smaller_images_early(gpu_train, tmp_path, capsys, monkeypatch):
