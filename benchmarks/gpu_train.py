@@ -60,6 +60,9 @@ DEFAULTS = {
     "cutmix_prob": 0.5,  # share of the batches
     "cutmix_off": 0.84,  # after this part of the epochs there is none
     "smoothing": 0.1,
+    "teacher": "",  # a model with weights, which sees the same images
+    "temperature": 2.0,  # at which it teaches
+    "task_loss_weight": 0.3,  # beside it, of the labels
     "val_interval": 5,
     "train_on_all": False,  # with what is held out, which then measures nothing
     "seed": 42,
@@ -226,8 +229,9 @@ class Step:
         loss: Sum over the steps.
     """
 
-    def __init__(self, model, optimizer, images, targets, args, size=None):
+    def __init__(self, model, optimizer, images, targets, args, size=None, teacher=None):
         self.model, self.optimizer, self.images, self.targets, self.args = model, optimizer, images, targets, args
+        self.teacher = teacher
         device = targets.device
         self.chosen = torch.zeros(args.batch_size, dtype=torch.long, device=device)
         pixels = (args.batch_size, 3, size, size)
@@ -242,9 +246,18 @@ class Step:
             images, targets = cutmix(images, self.targets[self.chosen], self.prob)
         logits = forward(self.model, images) if images.is_cuda else self.model(images.float())
         loss = torch.sum(-targets * F.log_softmax(logits.float(), 1), 1).mean()
+        if self.teacher:
+            loss = loss.lerp(self._distance(logits, images), 1 - self.args.task_loss_weight)
         loss.backward()
         self.optimizer.step()
         self.loss.add_(loss.detach())
+
+    def _distance(self, logits: Tensor, images: Tensor) -> Tensor:
+        """From the teacher's answers, as timm's `LogitDistillationTask` takes it."""
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
+            taught = self.teacher(images.contiguous(memory_format=torch.channels_last))
+        mine, theirs = (F.log_softmax(x.float() / self.args.temperature, 1) for x in (logits, taught))
+        return F.kl_div(mine, theirs, reduction="batchmean", log_target=True) * self.args.temperature**2
 
     def __call__(self) -> None:
         self.steps += 1
@@ -313,6 +326,15 @@ class Pace:
         return (1 - progress) / max(1, round((1 - progress) * epochs))
 
 
+def load_teacher(args: argparse.Namespace, classes: int, device: str) -> torch.nn.Module:
+    teacher = timm.create_model(args.teacher, pretrained=True).eval().requires_grad_(False)
+    told = [classes, args.mean, args.std]
+    known = [teacher.num_classes, *(list(teacher.pretrained_cfg[name]) for name in ("mean", "std"))]
+    if told != known:
+        raise SystemExit(f"{args.teacher} knows {known} (classes, mean, std), and the images are {told}")
+    return teacher.to(device, memory_format=torch.channels_last)
+
+
 def train(settings: dict, data: Path, run: Path, device: str, seconds: float | None = None) -> dict:
     """Trains one variant and writes its run. Returns its last row of summary.csv."""
     args = argparse.Namespace(**DEFAULTS | settings)
@@ -344,8 +366,10 @@ def train(settings: dict, data: Path, run: Path, device: str, seconds: float | N
 
     lr = torch.zeros((), device=device)
     optimizer = make_optimizer(model, lr, args)
+    teacher = load_teacher(args, len(classes), device) if args.teacher else None
     steps = {
-        size: Step(model, optimizer, images, targets, args, size if transformed else None) for size in sorted(sizes)
+        size: Step(model, optimizer, images, targets, args, size if transformed else None, teacher)
+        for size in sorted(sizes)
     }
     if seconds:
         pace.measure(steps, transformed)
@@ -390,7 +414,7 @@ def train(settings: dict, data: Path, run: Path, device: str, seconds: float | N
         transformed.close()
     run.mkdir(parents=True, exist_ok=True)
     told = {**vars(args), "input_size": [3, args.size, args.size], "num_classes": len(classes)}
-    told |= {"experiment": run.name, "seconds": seconds}
+    told |= {"experiment": run.name, "seconds": seconds, "kd_model_name": args.teacher or None}
     (run / "args.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
     with (run / "summary.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")

@@ -1,5 +1,6 @@
 """What the GPU's training does beside the kernels, on a CPU."""
 
+import argparse
 import copy
 import csv
 import shutil
@@ -118,6 +119,36 @@ def test_the_annotated_experiment(gpu_train, tmp_path, monkeypatch):
     assert row["lr"] == pytest.approx(0.00025)
     source = read_run(tmp_path / "annotated", labels=[f"class {i}" for i in range(10)])
     assert source.model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+
+
+def test_a_teacher_is_timms(gpu_train, tmp_path):
+    from timm.task import LogitDistillationTask
+
+    torch.manual_seed(0)
+    args = argparse.Namespace(**gpu_train.DEFAULTS | {"teacher": "convmixer_128_4", "batch_size": 6})
+    args.mean, args.std = ([*timm.get_pretrained_cfg(args.teacher).to_dict()[name]] for name in ("mean", "std"))
+    teacher = gpu_train.load_teacher(args, 10, "cpu")
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    student = timm.create_model("convmixer_128_4", dim=32, depth=2).eval()
+    images, targets = torch.randn(6, 3, 16, 16), F.one_hot(torch.arange(6), 10).float()
+    step = gpu_train.Step(student, None, images, targets, args, teacher=teacher)
+    task = LogitDistillationTask(
+        student, teacher, torch.nn.CrossEntropyLoss(), task_loss_weight=1.0, distill_loss_weight=1.0, temperature=2.0
+    )
+    mine = step._distance(student(images), images)
+    assert mine.item() == pytest.approx(task(images, targets)["kd_loss"].item(), rel=0.05)  # mine is in bf16
+    with pytest.raises(SystemExit, match=r"convmixer_128_4 knows \[10, .* and the images are \[2, "):
+        gpu_train.load_teacher(args, 2, "cpu")
+
+    data = tmp_path / "data"
+    for split in ("train", "validation"):
+        shutil.copytree(Path(__file__).parent / "images", data / split)
+    settings = dict(model="convmixer_128_4", epochs=1, warmup_epochs=0, batch_size=8, teacher="convmixer_128_4")
+    taught = gpu_train.train(settings, data, tmp_path / "taught", "cpu")["train_loss"]
+    alone = gpu_train.train({**settings, "task_loss_weight": 1.0}, data, tmp_path / "alone", "cpu")["train_loss"]
+    assert taught != alone
+    told = read_run(tmp_path / "taught", labels=[f"class {i}" for i in range(10)]).training
+    assert told.teacher == "convmixer_128_4"
 
 
 def test_timms_transforms_make_smaller_images_early(gpu_train, tmp_path, capsys, monkeypatch):
