@@ -37,10 +37,19 @@ _SHARES = (
 _PAIRS = ("scale", "ratio", "cutmix_minmax")
 
 
+def _schedule(options: Namespace) -> tuple[Any, int]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr or options.lr_base)
+    return create_scheduler_v2(optimizer, **scheduler_kwargs(options), updates_per_epoch=1)
+
+
 def scheduled_epochs(options: Namespace) -> int:
     """How many epochs ``train.py`` makes of its arguments, cycles, warmup and cooldown included."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr or options.lr_base)
-    return create_scheduler_v2(optimizer, **scheduler_kwargs(options), updates_per_epoch=1)[1]
+    return _schedule(options)[1]
+
+
+def _scheduler(options: Namespace) -> None:
+    if _schedule(options)[0] is None:
+        raise ValueError("train.py needs one: --sched step --decay-rate 1 leaves the learning rate as it is")
 
 
 def _optimizer(options: Namespace) -> None:
@@ -61,7 +70,7 @@ def _device(options: Namespace) -> None:
 _MADE: dict[str, Callable[[Namespace], Any]] = {
     "device": _device,
     "opt": _optimizer,
-    "sched": scheduled_epochs,
+    "sched": _scheduler,
     "aa": _transform,
 }
 

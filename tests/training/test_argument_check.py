@@ -33,7 +33,8 @@ def check(classes=("ant", "bee"), **given):
     [
         ({"opt": "nope"}, "--opt nope: Optimizer nope not found"),
         ({"opt": "adamw", "opt_betas": [0.9, 7.0]}, "--opt adamw: Invalid beta"),
-        ({"sched": "nope"}, "--sched nope: Unknown scheduler"),
+        ({"sched": "nope"}, "--sched nope: "),
+        ({"sched": "none"}, "--sched none: train.py needs one"),
         ({"aa": "nonsense"}, "--aa nonsense: Unknown AA policy"),
         ({"device": "gpu"}, "--device gpu: "),
         ({"smoothing": 1.5}, "--smoothing is a share, from 0 to 1, got 1.5"),
