@@ -25,10 +25,13 @@ _CHOICES = {
     "eval_metric": ("loss", "top1", "top5"),
     "amp_dtype": ("float16", "bfloat16"),
     "train_interpolation": ("random", "bilinear", "bicubic"),
+    "remode": ("pixel", "rand", "const"),
+    "mixup_mode": ("batch", "pair", "elem", "half"),
+    "clip_mode": ("norm", "value", "agc"),
 }
 _LEAST = {
     **dict.fromkeys(("epochs", "log_interval", "val_interval", "checkpoint_hist", "grad_accum_steps", "img_size"), 1),
-    **dict.fromkeys(("workers", "mixup", "cutmix", "weight_decay", "warmup_epochs", "cooldown_epochs"), 0),
+    **dict.fromkeys(("seed", "workers", "mixup", "cutmix", "weight_decay", "warmup_epochs", "cooldown_epochs"), 0),
 }
 _SHARES = (
     "smoothing", "mixup_prob", "mixup_switch_prob", "hflip", "vflip", "reprob", "drop", "drop_path", "drop_block",
@@ -94,6 +97,8 @@ def check_values(options: Namespace) -> None:
             refuse(name, "takes two numbers, the least and the greatest")
         if name == "input_size" and min(value) < 1:
             refuse(name, "is channels, height and width, each 1 or more")
+    if any(given.get(name) for name in ("mixup", "cutmix", "cutmix_minmax")) and options.batch_size % 2:
+        refuse("batch_size", "is even where images are mixed")
     for name, make in _MADE.items():
         if name not in given or not given[name]:
             continue
