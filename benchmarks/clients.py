@@ -28,7 +28,7 @@ def model():
 
 
 def images(n=2):
-    return torch.randn(n, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def difference(a, b):
@@ -121,7 +121,7 @@ def coremltools(folder):
 def open_clip_torch(folder):
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-    vision = CLIPVisionCfg(timm_model_name=NAME.split(".")[0], timm_pool="avg", timm_proj="linear", image_size=28)
+    vision = CLIPVisionCfg(timm_model_name=NAME.split(".")[0], timm_pool="avg", timm_proj="linear", image_size=32)
     clip = CLIP(64, vision, CLIPTextCfg(context_length=16, vocab_size=100, width=32, heads=2, layers=1))
     clip.encode_image(images()).sum().backward()
     assert all(p.grad is not None for p in clip.visual.trunk.parameters())

@@ -370,9 +370,6 @@ def _bundled(name: str) -> dict[str, Any]:
     return {"file": str(WEIGHTS_DIR / name / "model.safetensors"), "label_names": tuple(config["label_names"])}
 
 
-# Trained on crops of 28 of the 32 pixels that are never resized, and classifies the middle 28.
-_MIDDLE: dict[str, Any] = {"input_size": (3, 28, 28), "crop_pct": 0.875}
-
 default_cfgs = generate_default_cfgs(
     {
         "convmixer_1536_20.in1k": _cfg(hf_hub_id="timm/"),
@@ -380,8 +377,9 @@ default_cfgs = generate_default_cfgs(
         "convmixer_1024_20_ks9_p14.in1k": _cfg(hf_hub_id="timm/"),
         "convmixer_256_8.e100_cifar10": _cifar10_cfg(**_bundled("convmixer_256_8.e100_cifar10")),
         "convmixer_256_8.e25_cifar10": _cifar10_cfg(**_bundled("convmixer_256_8.e25_cifar10")),
+        # Classifies the middle 28 of the 32 pixels.
         "convmixer_256_8.e45_cifar100": _cifar10_cfg(
-            num_classes=100, **_bundled("convmixer_256_8.e45_cifar100"), **_MIDDLE
+            num_classes=100, input_size=(3, 28, 28), crop_pct=0.875, **_bundled("convmixer_256_8.e45_cifar100")
         ),
         "convmixer_256_8_ks7_p2": _cifar10_cfg(),
         "convmixer_256_8_ks7_p4.e10_tiny_imagenet": _cfg(
@@ -392,8 +390,8 @@ default_cfgs = generate_default_cfgs(
         ),
         "convmixer_256_8_ks9_p1.e172_cifar10": _cifar10_cfg(**_bundled("convmixer_256_8_ks9_p1.e172_cifar10")),
         "convmixer_256_16_ks9_p1": _cifar10_cfg(),
-        "convmixer_128_8.e25_cifar10": _cifar10_cfg(**_bundled("convmixer_128_8.e25_cifar10"), **_MIDDLE),
-        "convmixer_128_4.e25_cifar10": _cifar10_cfg(**_bundled("convmixer_128_4.e25_cifar10"), **_MIDDLE),
+        "convmixer_128_8.e25_cifar10": _cifar10_cfg(**_bundled("convmixer_128_8.e25_cifar10")),
+        "convmixer_128_4.e25_cifar10": _cifar10_cfg(**_bundled("convmixer_128_4.e25_cifar10")),
     }
 )
 

@@ -151,7 +151,7 @@ def images(folder: Path) -> Case:
         except ImageError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error), error
             return "refused"
-        assert tensor.shape == (3, 28, 28) and bool(tensor.isfinite().all())
+        assert tensor.shape == (3, 32, 32) and bool(tensor.isfinite().all())
         return "accepted"
 
     return case
@@ -228,7 +228,7 @@ def caches(folder: Path) -> Case:
 
     config, weights = _packed(folder)
     model = timm.create_model("convmixer_128_4", depth=1, dim=8)
-    example = torch.randn(1, 3, 28, 28)
+    example = torch.randn(1, 3, 32, 32)
     engine: Any = lambda network, *_: network  # noqa: E731
     module.BACKENDS = {"inductor": (engine, ("fp32",))}  # that takes no time to make
     module._TIMING_SECONDS = 0.0

@@ -22,8 +22,8 @@ TABLE = {
     "convmixer_256_8_ks7_p4": (256, 8, 7, 4, nn.GELU, 56, 200),
     "convmixer_256_8_ks9_p1": (256, 8, 9, 1, nn.GELU, 32, 10),
     "convmixer_256_16_ks9_p1": (256, 16, 9, 1, nn.GELU, 32, 10),
-    "convmixer_128_8": (128, 8, 5, 2, nn.GELU, 28, 10),
-    "convmixer_128_4": (128, 4, 5, 2, nn.GELU, 28, 10),
+    "convmixer_128_8": (128, 8, 5, 2, nn.GELU, 32, 10),
+    "convmixer_128_4": (128, 4, 5, 2, nn.GELU, 32, 10),
 }
 IN1K = ["convmixer_768_32", "convmixer_1024_20_ks9_p14", "convmixer_1536_20"]
 

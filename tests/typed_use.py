@@ -13,8 +13,8 @@ for image, classes in convmixer_timm.predict(
 ):
     best, probability = classes[0]
     print(image, best.upper(), probability + 1)
-fast = convmixer_timm.optimize(model, torch.zeros(1, 3, 28, 28))
-logits: torch.Tensor = fast(torch.zeros(1, 3, 28, 28))
+fast = convmixer_timm.optimize(model, torch.zeros(1, 3, 32, 32))
+logits: torch.Tensor = fast(torch.zeros(1, 3, 32, 32))
 convmixer_timm.set_fast_training(False)
 report: list[str] = convmixer_timm.publish("run", "me/name", dry_run=True).report()
 convmixer_timm.export(model, "x.onnx", "onnx")

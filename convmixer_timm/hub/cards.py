@@ -116,9 +116,9 @@ def make_card(
     parts = [f"# {name}", facts]
     if training:
         start = f", from the weights of `{training.start}`" if training.start else ""
-        teacher = f", with `{training.teacher}` as its teacher" if training.teacher else ""
+        teacher = f" Its teacher was `{training.teacher}`." if training.teacher else ""
         epochs = f"{training.epochs} epoch{'s' * (training.epochs != 1)}"
-        parts.append(f"Trained for {epochs} on {training.data}{start}{teacher}.")
+        parts.append(f"Trained for {epochs} on {training.data}{start}.{teacher}")
     if evaluation:
         figures = {f"top-{k}": f"{value:.2f}" for k, value in _accuracies(evaluation).items()}
         columns = {**figures, "measured on": evaluation.data}

@@ -1,7 +1,6 @@
 """A training run packed as a checkpoint folder."""
 
 import json
-import shutil
 from argparse import Namespace
 from dataclasses import replace
 
@@ -37,7 +36,8 @@ def make_run(folder, classes=None, name="insects", **changes):
     args |= {"data_dir": str(folder / "images"), "output": str(folder.parent), "resume": str(folder / "last.pth.tar")}
     args |= changes
     (folder / "args.yaml").write_text(yaml.safe_dump(args))
-    shutil.copy(SOURCE / "summary.csv", folder)
+    rows = [f"{i},{2 - i / 20},{1.5 - i / 20},{60.25 + i},{96 + i / 10},{0.01 - i / 2400}" for i in range(25)]
+    (folder / "summary.csv").write_text("\n".join(["epoch,train_loss,eval_loss,eval_top1,eval_top5,lr", *rows, ""]))
     if classes:
         splits = {split: Split(f"/data/{name}/{split}", 40, split) for split in ("train", "validation")}
         data = Data(name, classes, splits, "validation", len(classes))
@@ -109,7 +109,7 @@ def test_averaged_weights_and_the_best_epoch(run, tmp_path):
         pack_run(run, tmp_path / "best")
         card = (tmp_path / "best" / "README.md").read_text()
         assert (f"epoch {epoch + 1} of 25, the best on the validation images" in card) == best
-        assert f"| {'89.48' if best else '81.24'} |" in card
+        assert f"| {'84.25' if best else '64.25'} |" in card
     for ema, name, bias in ((None, "ema", averaged), (True, "ema", averaged), (False, "raw", last["state_dict"])):
         pack_run(run, tmp_path / name, checkpoint="last.pth.tar", ema=ema)
         assert torch.equal(load_file(tmp_path / name / "model.safetensors")["head.bias"], bias["head.bias"])

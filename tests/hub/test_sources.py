@@ -317,7 +317,7 @@ def test_folders_of_the_machine_stay_on_it(tmp_path):
     source = read_run(run)
     assert b"/home" not in source.files["args.yaml"] and "/home" not in source.evaluation.data
     pack(source, tmp_path / "packed")
-    assert ", with `local-dir:teacher` as its teacher." in (tmp_path / "packed/README.md").read_text()
+    assert ". Its teacher was `local-dir:teacher`." in (tmp_path / "packed/README.md").read_text()
 
 
 def test_a_data_set_of_an_earlier_publish_goes():

@@ -48,7 +48,7 @@ def test_file_computes_the_same_and_knows_its_images(format, precision, tmp_path
     calibration = ["--calibration", str(IMAGES)] if precision == "int8" else []
     args = ["--format", format, "--precision", precision, "--dynamic-batch", *calibration, "-o", str(file)]
     assert main(["export", NAME, *args]) == 0
-    assert "images of Nx3x28x28, outputs compared" in capsys.readouterr().out
+    assert "images of Nx3x32x32, outputs compared" in capsys.readouterr().out
     parts = {file.name} | ({"model.bin"} if format == "openvino" else set())
     assert {path.name for path in tmp_path.iterdir()} == parts
 
@@ -56,9 +56,9 @@ def test_file_computes_the_same_and_knows_its_images(format, precision, tmp_path
     metadata = {k: json.loads(v) if isinstance(v, str) and format != "torch-export" else v for k, v in metadata.items()}
     assert metadata["architecture"] == "convmixer_128_4"
     assert metadata["precision"] == precision
-    assert metadata["input_size"] == [3, 28, 28]
+    assert metadata["input_size"] == [3, 32, 32]
     assert metadata["mean"] == [0.4914, 0.4822, 0.4465]
-    assert metadata["crop_pct"] == 0.875
+    assert metadata["crop_pct"] == 1.0
     assert metadata["interpolation"] == "bicubic"
     assert metadata["label_names"][8] == "ship"
 
@@ -75,11 +75,11 @@ def test_fixed_batch_of_a_local_checkpoint(tmp_path, capsys):
     timm.models.save_for_hf(timm.create_model("convmixer_128_4", num_classes=2), str(tmp_path), safe_serialization=True)
     file = tmp_path / "out" / "model.pt2"
     assert main(["export", f"local-dir:{tmp_path}", "--format", "torch-export", "-o", str(file)]) == 0
-    assert "images of 1x3x28x28" in capsys.readouterr().out
+    assert "images of 1x3x32x32" in capsys.readouterr().out
     _, run = read("torch-export", file)
-    assert run(torch.zeros(1, 3, 28, 28)).shape == (1, 2)
+    assert run(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
     with pytest.raises((RuntimeError, AssertionError)):
-        run(torch.zeros(2, 3, 28, 28))
+        run(torch.zeros(2, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_model_of_another_precision_is_not_written(tmp_path):
 def test_a_model_of_other_channels(channels, tmp_path):
     model = timm.create_model(NAME, pretrained=True, in_chans=channels)
     metadata = export(model, tmp_path / "m.pt2", "torch-export")
-    assert metadata["input_size"] == (channels, 28, 28)
+    assert metadata["input_size"] == (channels, 32, 32)
     assert metadata["mean"] == pytest.approx([sum((0.4914, 0.4822, 0.4465)) / 3] * channels)
     assert len(metadata["std"]) == channels
     assert has_class_map(model)

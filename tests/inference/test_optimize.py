@@ -175,7 +175,7 @@ def test_same_outputs_for_any_batch(backend, precision, model, images):
     assert same >= {"fp32": 1.0, "bf16": 0.96, "int8": 0.93}[precision]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not model.training and all(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="made for images of Nx3x28x28, got 1x3x64x64"):
+    with pytest.raises(ValueError, match="made for images of Nx3x32x32, got 1x3x64x64"):
         fast(torch.zeros(1, 3, 64, 64))
 
 
@@ -194,7 +194,7 @@ def test_auto_times_remembers_and_tells(model, images, choices, monkeypatch, cap
     assert f"{fast.chosen}" in fast.times
     assert f"runs by {fast.backend}" in caplog.text
     assert fast.backend in repr(fast)
-    assert timm.data.resolve_model_data_config(fast)["input_size"] == (3, 28, 28)
+    assert timm.data.resolve_model_data_config(fast)["input_size"] == (3, 32, 32)
     monkeypatch.setattr(optimize_module, "_times", None)  # not again
     again = optimize(model, images[:4])
     assert (again.backend, again.folded) == (fast.backend, fast.folded)
@@ -210,7 +210,7 @@ def test_fixed_batch_other_models_and_training_mode(images):
     assert model.training and not fast.folded
     with torch.inference_mode():
         torch.testing.assert_close(fast(images[:4]), model.eval()(images[:4]), rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match="made for images of 4x3x28x28"):
+    with pytest.raises(ValueError, match="made for images of 4x3x32x32"):
         fast(images[:5])
 
 
@@ -435,12 +435,12 @@ def test_calibration_in_batches_of_one_size(model, images, tmp_path, caplog):
         return [tuple(batch.shape) for batch in calibration_batches(model, source, **kwargs)]
 
     assert shapes(IMAGES, size=(3, 40, 24)) == [(1, 3, 40, 24)] * 30
-    assert shapes(IMAGES, batch=7) == [(7, 3, 28, 28)] * 4
-    assert shapes([images[:5], images[:9]], batch=4) == [(4, 3, 28, 28)] * 3
-    assert shapes([images[:3]], batch=8) == [(8, 3, 28, 28)]
+    assert shapes(IMAGES, batch=7) == [(7, 3, 32, 32)] * 4
+    assert shapes([images[:5], images[:9]], batch=4) == [(4, 3, 32, 32)] * 3
+    assert shapes([images[:3]], batch=8) == [(8, 3, 32, 32)]
     assert torch.equal(torch.cat(list(calibration_batches(model, [images[:5], images[5:12]], batch=4))), images[:12])
-    with pytest.raises(ValueError, match=r"calibration images must be \[N, 3, 32, 32\], got \[30, 3, 28, 28\]"):
-        shapes([images], size=(3, 32, 32))
+    with pytest.raises(ValueError, match=r"calibration images must be \[N, 3, 28, 28\], got \[30, 3, 32, 32\]"):
+        shapes([images], size=(3, 28, 28))
     shutil.copy(IMAGES / "cat/0000.png", tmp_path)
     (tmp_path / "bad.png").write_bytes(b"no image")
     assert len(shapes(tmp_path)) == 1
@@ -482,9 +482,9 @@ def test_an_optimised_model_is_of_its_process(model, images, eager):
         assert torch.equal(copied(images[:2]), fast(images[:2]))
 
 
-@pytest.mark.parametrize("wrong, got", [([1], "a list"), (None, "a NoneType"), (np.zeros((1, 3, 28, 28)), "a ndarray")])
+@pytest.mark.parametrize("wrong, got", [([1], "a list"), (None, "a NoneType"), (np.zeros((1, 3, 32, 32)), "a ndarray")])
 def test_what_is_no_tensor_is_said(wrong, got, model, images, eager):
-    with pytest.raises(ValueError, match=f"^made for images of Nx3x28x28, got {got}$"):
+    with pytest.raises(ValueError, match=f"^made for images of Nx3x32x32, got {got}$"):
         optimize(model, images[:2])(wrong)
 
 
@@ -493,7 +493,7 @@ def test_a_model_of_one_channel(images, eager):
     fast = optimize(model, images[:2].mean(1, keepdim=True))
     [(_, classes)] = predict(fast, IMAGES / "cat/0000.png")
     assert classes[0][0] == "cat"
-    assert next(calibration_batches(model, IMAGES)).shape == (1, 1, 28, 28)
+    assert next(calibration_batches(model, IMAGES)).shape == (1, 1, 32, 32)
 
 
 def test_examples_that_are_no_batch(model, images):

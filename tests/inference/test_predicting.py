@@ -331,7 +331,7 @@ def test_a_name_is_no_model(tmp_path):
         lambda: list(convmixer_timm.predict(NAME, IMAGES)),
         lambda: convmixer_timm.class_names(NAME),
         lambda: convmixer_timm.export(NAME, tmp_path / "x.onnx", "onnx"),
-        lambda: convmixer_timm.optimize(NAME, torch.zeros(1, 3, 28, 28)),
+        lambda: convmixer_timm.optimize(NAME, torch.zeros(1, 3, 32, 32)),
     ):
         with pytest.raises(ValueError, match="the model must be one of PyTorch, from load_model"):
             call()

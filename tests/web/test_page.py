@@ -56,10 +56,10 @@ def test_folder_holds_the_page_and_what_it_needs(folder):
     assert files == SOURCES | {"examples/1.png", "examples/2.png", "examples/3.png"}
     html = (folder / "index.html").read_text(encoding="utf-8")
     assert "<title>What &lt;is&gt; this?</title>" in html
-    assert "0.08 million" in html and "88.63 %" in html and "cifar10" in html
+    assert "0.08 million" in html and "89.17 %" in html and "cifar10" in html
     known = settings(folder)
     assert known["labels"][8] == "ship"
-    assert (known["input_size"], known["scale"]) == ([3, 28, 28], [32, 32])
+    assert (known["input_size"], known["scale"]) == ([3, 32, 32], [32, 32])
     assert known["model"]["bytes"] == (folder / "model.onnx").stat().st_size
     assert known["runtime"]["base"] == page_module._CDN
     for name, example in zip(("cat", "horse", "ship"), known["examples"], strict=True):
@@ -214,9 +214,9 @@ def test_older_page_is_replaced_and_nothing_else(folder, tmp_path, capsys):
         ({}, ["-o", "/proc/x"], "/proc/x: no such file"),
         ({}, ["--runtime", "."], "has no ort.webgpu.bundle.min.mjs"),
         ({}, ["--runtime", "nowhere"], "nowhere is no folder"),
-        ({"global_pool": ""}, [], "is no classifier: for an image it gives 5x14x14 values"),
+        ({"global_pool": ""}, [], "is no classifier: for an image it gives 5x16x16 values"),
         ({"num_classes": 0}, [], "is no classifier"),
-        ({"in_chans": 4, "INPUT_SIZE": (4, 28, 28), "MEAN": (0.5,) * 4, "STD": (0.5,) * 4}, [], "images of 4 channels"),
+        ({"in_chans": 4, "INPUT_SIZE": (4, 32, 32), "MEAN": (0.5,) * 4, "STD": (0.5,) * 4}, [], "images of 4 channels"),
         ({"INTERPOLATION": "random"}, [], "no preprocessing of images can be made"),
     ],
 )
@@ -243,8 +243,8 @@ def test_class_maps_are_for_onnx(tmp_path):
     model = timm.create_model(NAME, pretrained=True).eval()
     with pytest.raises(ValueError, match="written in ONNX"):
         export(model, tmp_path / "model.pt2", "torch-export", class_map=True)
-    images = torch.zeros(1, 3, 28, 28)
-    assert [tuple(x.shape) for x in ClassMap(model)(images)] == [(1, 10), (1, 10, 14, 14)]
+    images = torch.zeros(1, 3, 32, 32)
+    assert [tuple(x.shape) for x in ClassMap(model)(images)] == [(1, 10), (1, 10, 16, 16)]
 
 
 def test_the_mark_of_a_page_is_in_its_source():
