@@ -19,7 +19,7 @@ from ..errors import one_line
 from .data_check import Data, compare_names
 from .record import Model, Record, describe_model, stored_names
 
-__all__ = ["check_evaluated_model", "check_training_arguments", "check_values", "scheduled_epochs"]
+__all__ = ["check_evaluated_model", "check_training_arguments", "check_values", "passed_over", "scheduled_epochs"]
 
 _CHOICES = {
     "eval_metric": ("loss", "top1", "top5"),
@@ -38,6 +38,13 @@ _SHARES = (
     "model_ema_decay",
 )  # fmt: skip
 _PAIRS = ("scale", "ratio", "cutmix_minmax")
+# What each counts only beside.
+_BESIDE = {
+    **dict.fromkeys(("amp_dtype", "amp_impl"), "amp"),
+    **dict.fromkeys(("model_ema_decay", "model_ema_warmup", "model_ema_force_cpu"), "model_ema"),
+    **dict.fromkeys(("kd_temperature", "kd_distill_type", "distill_loss_weight", "task_loss_weight"), "kd_model_name"),
+    "clip_mode": "clip_grad",
+}
 
 
 def _schedule(options: Namespace) -> tuple[Any, int]:
@@ -106,6 +113,15 @@ def check_values(options: Namespace) -> None:
             make(options)
         except (ValueError, AssertionError, RuntimeError, TypeError, KeyError, NotImplementedError) as error:
             raise ValueError(f"--{name} {given[name]}: {one_line(error)}") from error
+
+
+def passed_over(options: Namespace, defaults: Namespace) -> list[str]:
+    """Lines on arguments that ``train.py`` takes no notice of, as what they belong to isn't given."""
+    out = []
+    for name, other in _BESIDE.items():
+        if getattr(options, name, None) != getattr(defaults, name, None) and not getattr(options, other, None):
+            out.append(f"--{name} is passed over without --{other}".replace("_", "-"))
+    return out
 
 
 def check_training_arguments(options: Namespace, record: Record) -> str:

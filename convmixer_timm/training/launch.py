@@ -11,7 +11,7 @@ import timm
 import torch
 
 from ..checkpoints import read_checkpoint
-from .argument_check import check_evaluated_model, check_training_arguments, check_values, scheduled_epochs
+from .argument_check import check_evaluated_model, check_training_arguments, check_values, passed_over, scheduled_epochs
 from .compat import keep_best
 from .data_check import check_evaluation_data, check_training_data, left_out
 from .record import FILE, Record, reserve, stored_names, write_when_it_starts
@@ -157,6 +157,8 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     if options is None:
         return args
     check_values(options)
+    for note in passed_over(options, script_options(path, []) or options):
+        _say(note)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     data = check_training_data(options, processes)
     if data.val_split != options.val_split:

@@ -8,7 +8,12 @@ import torch
 import yaml
 
 from convmixer_timm.convmixer import CIFAR10_LABELS, WEIGHTS_DIR
-from convmixer_timm.training.argument_check import check_evaluated_model, check_training_arguments, check_values
+from convmixer_timm.training.argument_check import (
+    check_evaluated_model,
+    check_training_arguments,
+    check_values,
+    passed_over,
+)
 from convmixer_timm.training.data_check import Data
 from convmixer_timm.training.record import Record
 
@@ -55,6 +60,20 @@ def test_values(given, message):
     with pytest.raises(ValueError) as error:
         check_values(options_of(**given))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_arguments_that_train_py_passes_over():
+    defaults = options_of(amp=False, amp_dtype="float16")
+    given = options_of(amp=False, amp_dtype="bfloat16", model_ema_decay=0.99, kd_temperature=2.0, clip_mode="agc")
+    assert passed_over(defaults, defaults) == []
+    assert passed_over(given, defaults) == [
+        "--amp-dtype is passed over without --amp",
+        "--model-ema-decay is passed over without --model-ema",
+        "--kd-temperature is passed over without --kd-model-name",
+        "--clip-mode is passed over without --clip-grad",
+    ]
+    told = {"amp": True, "model_ema": True, "kd_model_name": NAME, "clip_grad": 1.0}
+    assert passed_over(Namespace(**{**vars(given), **told}), defaults) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
