@@ -50,6 +50,7 @@ def draw(
     """
     if not isinstance(model, ConvMixer):
         raise ValueError(f"a {type(model).__name__} is no ConvMixer, whose filters and kernels these are")
+    layers = _chosen(model, layers)
     draw_patch_filters(model, folder / "patch_filters.png")
     yield str(folder / "patch_filters.png")
     draw_depthwise_kernels(model, folder / "depthwise_kernels.png", layers)
@@ -134,6 +135,15 @@ def draw_patch_filters(model: Any, target: Path) -> None:
     _save(figure, target)
 
 
+def _chosen(model: Any, layers: list[int] | None) -> list[int]:
+    """Indices into its blocks; by default the first, the middle and the last."""
+    depth = len(model.blocks)
+    layers = layers or sorted({0, depth // 2, depth - 1})
+    if wrong := [layer for layer in layers if not 0 <= layer < depth]:
+        raise ValueError(f"no layer {', '.join(map(str, wrong))}: this model's are 0 to {depth - 1}")
+    return layers
+
+
 def draw_depthwise_kernels(model: Any, target: Path, layers: list[int] | None = None) -> None:
     """Draws the depthwise kernels of some layers, one tile a channel, blue below zero and red above.
 
@@ -145,10 +155,7 @@ def draw_depthwise_kernels(model: Any, target: Path, layers: list[int] | None = 
     Raises:
         ValueError: If there is no such layer.
     """
-    depth = len(model.blocks)
-    layers = layers or sorted({0, depth // 2, depth - 1})
-    if wrong := [layer for layer in layers if not 0 <= layer < depth]:
-        raise ValueError(f"no layer {', '.join(map(str, wrong))}: this model's are 0 to {depth - 1}")
+    layers, depth = _chosen(model, layers), len(model.blocks)
     figure = Figure(figsize=(5 * len(layers), 5.4), layout="constrained")
     for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         kernels = model.blocks[layer][0].fn[0].weight.detach().float().cpu()  # [dim, 1, k, k]

@@ -45,6 +45,8 @@ def test_plot_command(tmp_path, capsys):
 def test_bad_input_is_named(args, message, tmp_path, capsys):
     assert main(["plot", *args, "-o", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
+    if "--image" not in args:  # an image that can't be read leaves the rest
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_neighbours_look_alike(tmp_path):

@@ -104,11 +104,11 @@ def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
         raise ValueError(f"{name!r}: no source {scheme!r}; a model is NAME, hf-hub:OWNER/NAME or local-dir:FOLDER")
     if not scheme and name not in timm.list_models(pretrained=True) and not timm.models.is_model_pretrained(name):
         arch = name.split(".")[0]
-        known = timm.list_pretrained(f"{arch}*" if timm.is_model(arch) else "convmixer*")
+        known = (timm.is_model(arch) and timm.list_pretrained(f"{arch}*")) or timm.list_pretrained("convmixer*")
         if Path(name).is_dir():
             raise ValueError(f"{name!r} is a folder: a packed one is loaded by 'local-dir:{name}'")
         problem = "has no weights" if timm.is_model(arch) and "." not in name else "is not a known model"
-        raise ValueError(f"{name!r} {problem}. With weights there are: {', '.join(known) or 'none'}.")
+        raise ValueError(f"{name!r} {problem}. With weights there are: {', '.join(known)}.")
     cfg = None if scheme else timm.get_pretrained_cfg(name)
     if scheme == "local-dir":
         return load_folder(Path(location).expanduser()).eval().to(device)

@@ -144,7 +144,7 @@ def test_broken_files_are_named_and_the_rest_is_classified(cifar_images, capsys,
     "argv, message",
     [
         (["--model", "convmixer_9_9"], "'convmixer_9_9' is not a known model"),
-        (["--model", "convmixer_256_16_ks9_p1"], "'convmixer_256_16_ks9_p1' has no weights"),
+        (["--model", "convmixer_256_16_ks9_p1"], "has no weights. With weights there are: convmixer_128_4.e25"),
         (["--model", "convmixer_128_4.nope"], "With weights there are: convmixer_128_4.e25_cifar10"),
         (["--model", "local-dir:/nonexistent"], "nonexistent"),
         (["--device", "abacus"], "device 'abacus'"),
