@@ -19,7 +19,16 @@ from timm.data.readers.img_extensions import add_img_extensions, get_img_extensi
 
 from .errors import one_line, os_reason
 
-__all__ = ["ImageError", "data_config", "find_images", "image_loader", "known_extensions", "load_image"]
+__all__ = [
+    "ImageError",
+    "data_config",
+    "find_images",
+    "fit_channels",
+    "image_loader",
+    "known_extensions",
+    "load_image",
+    "load_in_mode",
+]
 
 # What Pillow opens but this package doesn't: EPS runs Ghostscript, the others need Windows or a handler of one's own.
 _NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
@@ -105,13 +114,17 @@ def load_image(source: Any, channels: int = 3) -> Image.Image:
     """
     if channels not in (1, 3):
         raise ValueError(f"images are read in 1 or 3 channels, and the model takes {channels}")
+    return load_in_mode(source, "L" if channels == 1 else "RGB")
+
+
+def load_in_mode(source: Any, mode: str) -> Image.Image:
+    """The same in any of Pillow's modes, with what of the image that has: ``RGBA`` keeps its transparency."""
     if isinstance(source, Image.Image):
         image = _read(source, getattr(source, "filename", "") or "PIL image")
     elif isinstance(source, str | os.PathLike) or hasattr(source, "read"):
         image = _open(source)
     else:
         image = _from_array(source)
-    mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode and image is not source else image.convert(mode)
 
 
@@ -266,10 +279,18 @@ def data_config(model: nn.Module, size: tuple[int, ...] | None = None) -> dict[s
     config: dict[str, Any] = resolve_data_config({"in_chans": None}, getattr(model, "pretrained_cfg", None))
     channels, *sides = config["input_size"]
     config["input_size"] = size or (getattr(model, "in_chans", None) or channels, *sides)
-    for key in ("mean", "std"):
-        if len(values := config[key]) != config["input_size"][0]:
-            config[key] = (sum(values) / len(values),) * config["input_size"][0]
-    return config
+    return fit_channels(config)
+
+
+def fit_channels(config: dict[str, Any]) -> dict[str, Any]:
+    """A description of images with as many numbers of ``mean`` and ``std`` as channels: else their average, as timm's
+    loader takes it."""
+    channels = config["input_size"][0]
+    fitting = {
+        key: values if len(values := config[key]) == channels else (sum(values) / len(values),) * channels
+        for key in ("mean", "std")
+    }
+    return {**config, **fitting}
 
 
 def image_loader(model: nn.Module, size: tuple[int, ...] | None = None) -> Callable[[Any], torch.Tensor]:

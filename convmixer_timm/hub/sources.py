@@ -195,6 +195,8 @@ def read_run(
     if record:
         record = record.at(record.first_epoch if epoch is None else epoch)
     args = record.args if record else _arguments(run / "args.yaml")
+    if (mode := args.get("input_img_mode")) not in (None, "", "RGB", "L", "RGBA"):
+        raise ValueError(f"{run} was trained on images in {mode}, and who loads a published model reads RGB")
     holds_average = isinstance(stored.get("state_dict_ema"), dict)
     if ema and not holds_average:
         raise ValueError(f"{run} has no averaged weights")

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from timm.data import create_transform
 from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -21,10 +22,12 @@ from .record import Model, Record, describe_model, stored_names
 
 __all__ = ["check_evaluated_model", "check_training_arguments", "check_values", "passed_over", "scheduled_epochs"]
 
+_FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CHOICES = {
     "eval_metric": ("loss", "top1", "top5"),
     "amp_dtype": ("float16", "bfloat16"),
-    "train_interpolation": ("random", "bilinear", "bicubic"),
+    "interpolation": _FILTERS,
+    "train_interpolation": ("random", *_FILTERS),
     "remode": ("pixel", "rand", "const"),
     "mixup_mode": ("batch", "pair", "elem", "half"),
     "clip_mode": ("norm", "value", "agc"),
@@ -67,6 +70,10 @@ def _optimizer(options: Namespace) -> None:
     create_optimizer_v2(torch.nn.Linear(2, 2), **{**told, **(options.opt_kwargs or {})})
 
 
+def _mode(options: Namespace) -> None:
+    Image.new("RGB", (1, 1)).convert(options.input_img_mode)
+
+
 def _transform(options: Namespace) -> None:
     create_transform(32, is_training=True, auto_augment=options.aa, re_prob=options.reprob, re_mode=options.remode)
 
@@ -79,6 +86,7 @@ def _device(options: Namespace) -> None:
 # What is made of several arguments, in the order in which they are looked at; by timm's own functions.
 _MADE: dict[str, Callable[[Namespace], Any]] = {
     "device": _device,
+    "input_img_mode": _mode,
     "opt": _optimizer,
     "sched": _scheduler,
     "aa": _transform,
@@ -112,7 +120,7 @@ def check_values(options: Namespace) -> None:
         try:
             make(options)
         except (ValueError, AssertionError, RuntimeError, TypeError, KeyError, NotImplementedError) as error:
-            raise ValueError(f"--{name} {given[name]}: {one_line(error)}") from error
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: {one_line(error)}") from error
 
 
 def passed_over(options: Namespace, defaults: Namespace) -> list[str]:
@@ -144,18 +152,12 @@ def check_training_arguments(options: Namespace, record: Record) -> str:
 
 def _check_channels(options: Namespace, record: Record) -> None:
     told = record.model.preprocessing
-    channels, size = told["input_size"][0], options.input_size
+    channels = told["input_size"][0]
     wanted = options.in_chans or channels
     if channels != wanted:
         height, width = told["input_size"][1:]
         told_how = f"--input-size {wanted} {height} {width}"
         raise ValueError(f"the model takes {wanted} channels and its images have {channels}: give {told_how}")
-    if size and not len(told["mean"]) == len(told["std"]) == channels:
-        numbers = " ".join(["0.5"] * channels)
-        raise ValueError(
-            f"images of {channels} channels need as many numbers in --mean and --std, {numbers} say; got "
-            f"{len(told['mean'])} and {len(told['std'])}"
-        )
 
 
 def _check_output(options: Namespace) -> None:
@@ -176,9 +178,12 @@ def _check_weights(options: Namespace, model: Model) -> None:
         _check_file("--pretrained-path", Path(path), model, adapted=True)
     elif given.get("pretrained"):
         _check_pretrained("--model", options.model, given.get("model_kwargs") or {})
+        cfg = None if ":" in options.model else timm.get_pretrained_cfg(options.model)
+        if cfg and cfg.file:  # on this machine
+            _check_file(f"--pretrained {options.model},", Path(cfg.file), model, adapted=True)
     for name in ("initial_checkpoint", "checkpoint"):
         path = Path(given.get(name) or "")
-        if given.get(name) and not path.is_dir():  # of validate.py, one of many checkpoints
+        if given.get(name) and not (name == "checkpoint" and path.is_dir()):  # of validate.py, with many
             _check_file(f"--{name.replace('_', '-')}", path, model, adapted=False)
 
 
@@ -218,6 +223,11 @@ def _check_file(option: str, path: Path, model: Model, adapted: bool) -> None:
         raise ValueError(f"{option} {path}: {error}") from error
     if adapted:
         return
+    if any(".aux_bn." in key for key in content.get("state_dict") or content):
+        raise ValueError(
+            f"{option} {path} has the second norms of --split-bn, which are taken out by "
+            f"convmixer-timm run clean_checkpoint --checkpoint {path} --output NEW --clean-aux-bn"
+        )
     if "stem.0.weight" not in load_state_dict(str(path), weights_only=True):
         raise ValueError(
             f"{option} {path} isn't in timm's layout: write it anew by convmixer-timm convert {path} NEW.safetensors"

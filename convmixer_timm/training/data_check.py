@@ -241,6 +241,11 @@ class _Reading:
         return path[len(self.where) :].strip(os.sep).split(os.sep)
 
     def check_layout(self) -> None:
+        if self.mapped and (index := getattr(self.reader, "class_to_idx", None)):
+            if "" in index:
+                raise ValueError("the class map has an empty line: remove it")
+            if len(index) != 1 + max(index.values()):
+                raise ValueError("the class map has a name twice: leave one")
         alike: dict[Any, str] = {}
         for name in self.classes or [] if self.kind == "" and not self.mapped else []:
             other = alike.setdefault(tuple(natural_key(name)), name)

@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data import ImageDataset, dataset_factory
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
-from ..images import known_extensions, load_image
+from ..images import known_extensions, load_image, load_in_mode
 
 __all__ = ["use_one_reader"]
 
@@ -87,7 +87,7 @@ class _Reader:
                 self._pixels = _Pixels(len(reader), self._load(reader[0][0]))
 
     def _load(self, file: Any) -> Image.Image:
-        return load_image(file, channels=1 if self._mode == "L" else 3).convert(self._mode)
+        return load_in_mode(file, self._mode)
 
     def _load_and_keep(self, index: int, file: Any) -> Image.Image:
         image = self._load(file)  # an ImageError is an OSError, which timm's dataset says, and takes the next image

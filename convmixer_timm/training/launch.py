@@ -174,8 +174,9 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     run = Path(options.output or "output/train") / options.experiment if options.experiment else None
     resumed = Path(options.resume) if options.resume else None
     if run and not (run / LAST).exists():
-        # An interruption while it was replaced leaves the others; a new run would write over them.
-        others = sorted(run.glob("*.pth.tar"), key=lambda file: file.stat().st_mtime)
+        # An interruption while it was replaced leaves the others; a new run would write over them. One that was being
+        # written is no loss.
+        others = sorted(filter(_is_whole, run.glob("*.pth.tar")), key=lambda file: file.stat().st_mtime)
         if others and not resumed:
             raise ValueError(
                 f"{run} has {others[-1].name} and no {LAST}: go on with it by --resume {others[-1]}, or give another "
@@ -245,6 +246,13 @@ def _check_same_run(run: Path, record: Record, before: Record | None) -> None:
         raise ValueError(f"{run} holds a run that nothing is known of, as it has no {FILE}. {what_then}")
     if differences := record.differences(before):
         raise ValueError(f"{run} holds another run: {'; '.join(differences)}. {what_then}")
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return bool(read_checkpoint(checkpoint))
+    except ValueError:
+        return False
 
 
 def _epoch_of(checkpoint: Path) -> int:
@@ -334,6 +342,7 @@ def told_by_record(record: Record, flags: set[str]) -> list[str]:
         "--std": told["std"],
         "--crop-pct": told["crop_pct"],
         "--interpolation": told["interpolation"],
+        "--input-img-mode": record.args.get("input_img_mode") or [],
         "--in-chans": channels,
         # Another size of the user's own, given by either option, counts more than one by --img-size.
         **({"--img-size": height} if height == width else {"--input-size": told["input_size"]}),

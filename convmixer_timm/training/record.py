@@ -20,6 +20,7 @@ from timm.models import load_model_config_from_hf
 
 from ..errors import NETWORK, HubError, RunError, hub_reason, one_line, os_reason
 from ..files import atomic_path
+from ..images import fit_channels
 from .data_check import Data, Split
 
 try:
@@ -116,6 +117,7 @@ class Record:
         splits = {name: Split(**split) for name, split in data["splits"].items()}
         for name in ("input_size", "mean", "std", "crop_pct", "interpolation"):
             told["model"]["preprocessing"][name]  # raises where it lacks
+        told["model"]["preprocessing"] = fit_channels(told["model"]["preprocessing"])
         return cls(
             **{
                 **told,
@@ -207,6 +209,8 @@ def describe_model(args: Namespace) -> Model:
     input_size = given.get("input_size")
     kwargs = given.get("model_kwargs") or {}
     norm = {name: given[name] for name in ("bn_momentum", "bn_eps") if given.get(name) is not None}
+    rates = {f"{name}_rate": given[name] for name in ("drop", "drop_path", "drop_block") if given.get(name) is not None}
+    pooling = {"global_pool": given["gp"]} if given.get("gp") else {}
     try:
         stored = _stored_args(args.model)
         with torch.device("meta"):
@@ -214,8 +218,7 @@ def describe_model(args: Namespace) -> Model:
                 args.model,
                 num_classes=given.get("num_classes"),
                 in_chans=given.get("in_chans") or (input_size[0] if input_size else None),
-                global_pool=given.get("gp"),
-                **{**norm, **kwargs},
+                **{**rates, **pooling, **norm, **kwargs},
             )
     except NETWORK as error:
         if args.model.startswith("local-dir:"):
@@ -223,11 +226,15 @@ def describe_model(args: Namespace) -> Model:
         raise HubError(f"{args.model}: {hub_reason(error)}: try again later, or check the name") from error
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise ValueError(f"--model {args.model} can't be made: {one_line(error)}") from error
-    pooling = {"global_pool": given["gp"]} if given.get("gp") else {}
+    try:
+        preprocessing = fit_channels(resolve_data_config(given, model=model))
+    except AssertionError as error:
+        numbers = f"{given.get('mean')} and {given.get('std')}"
+        raise ValueError(f"--mean and --std take a number, or one for each channel: got {numbers}") from error
     return Model(
         architecture=model.pretrained_cfg["architecture"],
         args={**stored, **pooling, **norm, **{k: v for k, v in kwargs.items() if k not in _LOADING}},
-        preprocessing=resolve_data_config(given, model=model),
+        preprocessing=preprocessing,
         num_classes=model.num_classes,
     )
 

@@ -320,6 +320,12 @@ def test_folders_of_the_machine_stay_on_it(tmp_path):
     assert ". Its teacher was `local-dir:teacher`." in (tmp_path / "packed/README.md").read_text()
 
 
+def test_a_run_of_other_colours_is_not_described(tmp_path):
+    run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2, input_img_mode="YCbCr")
+    with pytest.raises(ValueError, match="was trained on images in YCbCr, and who loads a published model reads RGB"):
+        read_run(run)
+
+
 def test_a_data_set_of_an_earlier_publish_goes():
     def card(name, dataset, own=""):
         datasets = f"datasets:\n- {dataset}\n{own}" if dataset else ""

@@ -48,6 +48,8 @@ def check(classes=("ant", "bee"), **given):
         ({"epochs": 0}, "--epochs is 1 or more, got 0"),
         ({"input_size": [3, 0, 32]}, "--input-size is channels, height and width, each 1 or more, got [3, 0, 32]"),
         ({"cutmix": 1.0, "batch_size": 25}, "--batch-size is even where images are mixed, got 25"),
+        ({"train_interpolation": "nope"}, "--train-interpolation is one of random, nearest, bilinear"),
+        ({"input_img_mode": "nope"}, "--input-img-mode nope: "),
         ({"remode": "nope"}, "--remode is one of pixel, rand, const, got nope"),
         ({"clip_mode": "nope"}, "--clip-mode is one of norm, value, agc, got nope"),
         ({"seed": -1}, "--seed is 0 or more, got -1"),
@@ -122,7 +124,21 @@ def test_files_to_start_from(files):
         check(pretrained_path=str(files / "good.pth"))
 
 
+def test_files_that_train_py_would_stumble_over(files):
+    with pytest.raises(OSError, match="it is a folder"):
+        check(initial_checkpoint=str(files))
+    second = {"stem.2.aux_bn.0.weight": torch.ones(128), **torch.load(files / "good.pth")}
+    torch.save({"state_dict": second}, files / "second.pth")
+    with pytest.raises(ValueError, match=r"has the second norms of --split-bn.*clean_checkpoint"):
+        check(initial_checkpoint=str(files / "second.pth"))
+    assert check(pretrained=True, pretrained_path=str(files / "second.pth")) == ""
+
+
 def test_pretrained_weights_that_there_are_none_of():
+    with pytest.raises(ValueError, match="expected dim 128, depth 4, kernel_size 5, patch_size 4; found"):
+        check(model=NAME, pretrained=True, model_kwargs={"patch_size": 4})
+    with pytest.raises(ValueError, match="unexpected keyword argument 'drop_block_rate'"):
+        check(drop_block=0.1)
     with pytest.raises(ValueError, match=r"--model convmixer_256_16_ks9_p1 has no pretrained weights.*e25_cifar10"):
         check(model="convmixer_256_16_ks9_p1", pretrained=True)
     assert check(model=NAME, pretrained=True) == ""

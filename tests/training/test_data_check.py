@@ -199,6 +199,16 @@ def test_a_class_map_gives_the_order(tmp_path):
     assert check(tmp_path, class_map=str(tmp_path / "order.txt")).classes == ["bee", "ant"]
 
 
+@pytest.mark.parametrize(
+    "names, message", [("ant\nbee\n\n", "has an empty line: remove it"), ("ant\nbee\nant\n", "has a name twice")]
+)
+def test_a_class_map_of_classes_that_are_none(names, message, tmp_path):
+    make_data(tmp_path)
+    (tmp_path / "map.txt").write_text(names)
+    with pytest.raises(ValueError, match=f"the class map {message}"):
+        check(tmp_path, class_map=str(tmp_path / "map.txt"))
+
+
 def test_a_class_map_with_other_names_than_the_folders(tmp_path):
     make_data(tmp_path, ["ant", "bee", "wasp"])
     (tmp_path / "typo.txt").write_text("ant\nbees\nwasp\n")

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_dataset, dataset_factory
 from torchvision.transforms.functional import pil_to_tensor
 
-from convmixer_timm.images import load_image
+from convmixer_timm.images import load_image, load_in_mode
 from convmixer_timm.training import decoding
 from convmixer_timm.training.decoding import use_one_reader
 
@@ -95,7 +95,7 @@ def test_small_images_are_decoded_once(tmp_path, monkeypatch):
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
         Image.fromarray(np.full((5, 7 if i else 9, 3), i, np.uint8)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
     read = []
-    monkeypatch.setattr(decoding, "load_image", lambda file, channels: read.append(file) or load_image(file, channels))
+    monkeypatch.setattr(decoding, "load_in_mode", lambda file, mode: read.append(file) or load_in_mode(file, mode))
     use_one_reader(keep=True)
     data = create_dataset("", root=str(tmp_path))
     odd_one = len({image.size for image, _ in data}) == 2
@@ -107,6 +107,16 @@ def test_small_images_are_decoded_once(tmp_path, monkeypatch):
     assert all(np.array_equal(image, pixels) for (image, _), (pixels, _) in zip(data, first, strict=True))
     # The first tells the size, here of one image only: what is of another size is read each time.
     assert odd_one and len(read) - before == 2 * 5
+
+
+def test_modes_keep_what_an_image_has(tmp_path):
+    (tmp_path / "a").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 9, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a/0.png")
+    use_one_reader()
+    for mode in ("RGBA", "RGB", "YCbCr"):
+        [(image, _)] = create_dataset("", root=str(tmp_path), input_img_mode=mode)
+        assert np.array_equal(image, Image.fromarray(pixels).convert(mode))
 
 
 def test_more_than_fits_is_read_again(tmp_path, monkeypatch):

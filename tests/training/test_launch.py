@@ -167,8 +167,8 @@ def test_a_summary_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         ("eval_metric: acc", "--eval-metric is one of loss, top1, top5, got acc"),
         ("amp_dtype: bf16", "--amp-dtype is one of float16, bfloat16, got bf16"),
         (
-            "input_size: [1, 32, 32]\nmodel: convmixer_128_4\nbatch_size: 2",
-            "images of 1 channels need as many numbers in --mean and --std, 0.5 say; got 3 and 3",
+            "input_size: [1, 32, 32]\nmean: [0.5, 0.5]\nmodel: convmixer_128_4\nbatch_size: 2",
+            "--mean and --std take a number, or one for each channel: got [0.5, 0.5] and None",
         ),
         (
             "in_chans: 1\nmodel: convmixer_128_4\nbatch_size: 2",

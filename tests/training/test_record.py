@@ -87,6 +87,11 @@ def test_the_model(tmp_path):
     model = describe_model(Namespace(**args))
     assert (model.architecture, model.num_classes) == ("convmixer_128_4", 3)
     assert tuple(model.preprocessing["input_size"]) == (1, 48, 48)
+    assert [len(model.preprocessing[key]) for key in ("mean", "std")] == [1, 1]  # the averages, as the loader has them
+    with pytest.raises(ValueError, match="--mean and --std take a number, or one for each channel: got"):
+        describe_model(Namespace(**args, mean=[0.5, 0.5]))
+    pooled = describe_model(Namespace(model="convmixer_128_4", gp=None, model_kwargs={"global_pool": "max"}))
+    assert pooled.args["global_pool"] == "max"
     # A packed folder's model has a name of its own, and arguments of its own.
     folder = tmp_path / "convmixer_128_4.v1.2"
     own = timm.create_model("convmixer_128_4", depth=2, num_classes=4)
@@ -113,6 +118,9 @@ def test_arguments_of_other_scripts():
     odd = told_by_record(make_record(classes=("a=b", "c")), {*flags, "--label-type"})
     (text,) = (arg.split("=")[1] for arg in odd if arg.startswith("pretrained_cfg_overlay="))
     assert ast.literal_eval(text) == {"label_names": ["a=b", "c"]}
+    colours = told_by_record(make_record(input_img_mode="YCbCr"), {*flags, "--input-img-mode"})
+    assert colours[colours.index("--input-img-mode") + 1] == "YCbCr"
+    assert "--input-img-mode" not in told_by_record(record, {*flags, "--input-img-mode"})
     pooled = make_record(gp="max")
     assert "--gp" in told_by_record(pooled, {*flags, "--gp"}) and "global_pool" not in str(
         told_by_record(pooled, {*flags, "--gp"})
