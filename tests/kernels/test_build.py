@@ -141,10 +141,12 @@ import resource, sys, torch
 from convmixer_timm import ConvMixer, set_fast_training
 set_fast_training(sys.argv[1] == "on")
 model, x = ConvMixer(64, 2, 5, 2), torch.randn(64, 3, 32, 32)
-for step in range(4):
+faults = []
+for step in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     model(x).sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[3:]))  # the heap may still grow once
 """
 
 
