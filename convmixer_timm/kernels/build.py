@@ -94,8 +94,11 @@ def _is_whole(path: Path) -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they can't be built (the reason is logged, once)."""
+    if not sys.platform.startswith("linux"):  # nothing that the user could do about it
+        _logger.info("ConvMixer trains with PyTorch's own operations: the fast kernels are for Linux.")
+        return None
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if not sys.platform.startswith("linux") or not compiler:
+    if not compiler:
         _logger.warning(
             "No C++ compiler found: ConvMixer trains slowly, with PyTorch's own operations. "
             "Install g++ or name one in CXX."
@@ -147,6 +150,6 @@ def require() -> ctypes.CDLL:
     lib = library()
     if lib is None:
         raise RuntimeError(
-            "convmixer_timm's kernels could not be built here (see the warning), so its operators don't run."
+            "convmixer_timm's kernels could not be built here (the log says why), so its operators don't run."
         )
     return lib

@@ -44,6 +44,14 @@ def test_a_failed_build_is_a_warning_that_says_what_to_do(fresh, monkeypatch, tm
         operators.act_norm(x, None, c, c, True, 1e-5)
 
 
+def test_where_no_compiler_would_help_nothing_is_warned_of(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with caplog.at_level("INFO"):
+        assert not build.available()
+    (record,) = caplog.records
+    assert record.levelname == "INFO" and "Linux" in record.message
+
+
 @pytest.fixture(scope="module")
 def library_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
