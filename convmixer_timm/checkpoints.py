@@ -270,7 +270,7 @@ def convert(source: str | Path, target: str | Path) -> tuple[Shape, str]:
         ValueError: If `source` can't be read, is no ConvMixer or a part of one, or if `target` doesn't end in
             ``.safetensors``.
     """
-    target = Path(target)
+    target = Path(target).expanduser()
     if target.suffix != ".safetensors":
         raise ValueError(f"The output must end in .safetensors, got {target}")
     state_dict, layout = to_timm_layout(read_checkpoint(source))

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import glob
+import io
 import os
 import stat
 import warnings
@@ -103,14 +104,15 @@ def load_image(source: Any, channels: int = 3) -> Image.Image:
     becomes RGB, or greyscale for a one-channel model.
 
     Args:
-        source: A path, an open binary file, a PIL image, or an array of integers, booleans or floats, [H, W, 3] (or
-            [H, W] and [H, W, 1] for grey, [H, W, 4] with an alpha channel, which is left out).
+        source: A path, an open binary file, a file's content as bytes, a PIL image, or an array of integers, booleans
+            or floats, [H, W, 3] (or [H, W] and [H, W, 1] for grey, [H, W, 4] with an alpha channel, which is left out).
         channels: 3 or 1.
 
     Raises:
         ImageError: If a file or PIL image can't be read: it isn't there, is no image, damaged, larger than Pillow's
             limit against decompression bombs, or more than 100 times as long as it is wide. An OSError of one line.
-        ValueError: If an array has another shape or holds something else, or `channels` is another number.
+        ValueError: If an array has another shape or holds something else (what is normalised already, say), or
+            `channels` is another number.
     """
     if channels not in (1, 3):
         raise ValueError(f"images are read in 1 or 3 channels, and the model takes {channels}")
@@ -121,6 +123,8 @@ def load_in_mode(source: Any, mode: str) -> Image.Image:
     """The same in any of Pillow's modes, with what of the image that has: ``RGBA`` keeps its transparency."""
     if isinstance(source, Image.Image):
         image = _read(source, getattr(source, "filename", "") or "PIL image")
+    elif isinstance(source, bytes | bytearray):
+        image = _open(io.BytesIO(source))
     elif isinstance(source, str | os.PathLike) or hasattr(source, "read"):
         image = _open(source)
     else:
@@ -263,10 +267,23 @@ def _from_array(source: Any) -> Image.Image:
     values = np.asarray(source)
     if values.ndim not in (2, 3) or values.shape[2:] not in ((), (1,), (3,), (4,)):
         got = f"{list(values.shape)}" if values.ndim else f"a {type(source).__name__}"
-        raise ValueError(f"an image is a path, a PIL image or an array [H, W, 3], got {got}")
+        hint = "; a batch that is preprocessed goes to the model itself" if values.shape[-3:-2] in ((1,), (3,)) else ""
+        raise ValueError(f"an image is a path, a PIL image or an array [H, W, 3], got {got}{hint}")
     _check_size(values.shape[1], values.shape[0])
+    _check_range(values)
     values = _eight_bits(values)
     return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
+
+
+def _check_range(values: np.ndarray) -> None:
+    """Raises ValueError for floats that are neither about 0…1, -1…1 nor 0…255: normalised ones would come out black."""
+    if values.dtype.kind != "f" or not values.size:
+        return
+    least, most = (float(f(values, where=np.isfinite(values), initial=0)) for f in (np.min, np.max))
+    if max(-least, most) > 1.5 and -least > most / 3:
+        raise ValueError(
+            f"pixels are 0…1 or 0…255, got {least:.3g} to {most:.3g}: give the image before it is normalised"
+        )
 
 
 def data_config(model: nn.Module, size: tuple[int, ...] | None = None) -> dict[str, Any]:

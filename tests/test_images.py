@@ -274,6 +274,18 @@ def test_arrays(array):
     assert np.abs(np.asarray(load_image(array(rgb))).astype(int) - rgb).max() <= 1
 
 
+def test_bytes_are_a_files_content():
+    assert load_image(CAT.read_bytes()) == load_image(CAT)
+    with pytest.raises(ImageError, match="image: not an image that Pillow can read"):
+        load_image(b"cat.jpg")
+
+
+def test_resampled_floats_may_reach_beyond_their_range():
+    for top in (1, 255):
+        array = np.linspace(-0.1 * top, 1.1 * top, 64).reshape(8, 8)
+        assert np.asarray(load_image(array, channels=1))[[0, -1], [0, -1]].tolist() == [0, 255]
+
+
 def test_grey_arrays():
     grey = np.asarray(Image.open(CAT).convert("L"))
     for array in (grey, grey[..., None], grey / 255):
@@ -295,7 +307,8 @@ def test_grey_arrays():
         (PIXELS.cfloat().conj(), "pixels must be numbers, got complex64"),
         (7, "an image is a path, a PIL image or an array"),
         (None, "an image is a path, a PIL image or an array"),
-        (b"cat.jpg", "an image is a path, a PIL image or an array"),
+        (torch.rand(3, 8, 8), "a batch that is preprocessed goes to the model itself"),
+        (np.random.default_rng(0).normal(size=(9, 9, 3)), "give the image before it is normalised"),
     ],
 )
 def test_what_is_no_image(source, message):

@@ -15,7 +15,7 @@ import torch.nn as nn
 from ..files import folder_beside
 from ..images import data_config
 from .class_map import ClassMap
-from .loading import check_labels, check_model, class_names, evaluating
+from .loading import check_labels, check_model, class_names, evaluating, uncompiled
 from .optimize import TOLERANCES, calibration_batches, onnx_program, openvino_model, quantized, quiet, unavailable
 
 __all__ = ["FORMATS", "export"]
@@ -64,9 +64,10 @@ def export(
             `convmixer_timm.inference.optimize.TOLERANCES`.
     """
     check_model(model)
+    model = uncompiled(model)
     if odd := {f"{p.dtype} on {p.device}" for p in model.parameters()} - {"torch.float32 on cpu"}:
         raise ValueError(f"a model is written from fp32 on the CPU, and this one is {odd.pop()}: .float().cpu() it")
-    target = Path(target)
+    target = Path(target).expanduser()
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
     if precision not in FORMATS[format]:

@@ -28,6 +28,7 @@ __all__ = [
     "load_model",
     "read_labels",
     "split_name",
+    "uncompiled",
     "usable_device",
 ]
 
@@ -64,6 +65,11 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} is no classifier of timm's, it has no {missing[0]}: give the model inside it, as "
             "load_model or timm.create_model makes it"
         )
+
+
+def uncompiled(model: Any) -> Any:
+    """The model that `torch.compile` wrapped, or the model itself: other engines can't trace what is compiled."""
+    return getattr(model, "_orig_mod", model)
 
 
 @contextlib.contextmanager

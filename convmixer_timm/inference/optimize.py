@@ -30,7 +30,7 @@ from ..files import atomic_path, cache_dir
 from ..images import ImageError, find_images, image_loader
 from .class_map import ClassMap
 from .folding import fold_norms
-from .loading import check_module
+from .loading import check_module, uncompiled
 
 __all__ = ["BACKENDS", "PRECISIONS", "TOLERANCES", "OptimizedModel", "calibration_batches", "optimize", "unavailable"]
 
@@ -143,11 +143,14 @@ def optimize(
         `TOLERANCES` (checked on the example for fp32 and bf16).
 
     Raises:
-        ValueError: If `backend` or `precision` is unknown, the model is in TorchScript or gives no tensor, or int8 has
-            no calibration images of the example's size.
+        ValueError: If `backend` or `precision` is unknown, the model is in TorchScript, wrapped or gives no tensor, or
+            int8 has no calibration images of the example's size.
         RuntimeError: If this machine can't do it, or the outputs differ by more than the tolerance.
     """
     check_module(model)
+    model = uncompiled(model)
+    if isinstance(model, OptimizedModel | nn.DataParallel):
+        raise ValueError(f"{type(model).__name__} can't be optimised: give the model that it was made from")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ValueError("a model in TorchScript can't be optimised: give the one that it was made from")
     if not isinstance(example_input, torch.Tensor) or example_input.ndim != 4 or not len(example_input):
@@ -220,7 +223,8 @@ def optimize(
     for candidate in candidates:  # all of them, where the remembered one doesn't do for these weights
         attempt(candidate)
     if not runs:
-        raise RuntimeError(f"{', '.join(usable)} can't run this model: {failure}") from failure
+        reason = one_line(failure).partition(". ")[0]
+        raise RuntimeError(f"{', '.join(usable)} can't run this model: {reason}") from failure
     times = _times(runs, example_input)
     best = min(runs, key=times.__getitem__)
     choice = {"chosen": best, "times": {str(candidate): seconds for candidate, seconds in times.items()}}

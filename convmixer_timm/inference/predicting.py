@@ -38,9 +38,9 @@ def predict(
         model: From `load_model` or `optimize`, or any classifier of timm's; it is run in evaluation mode and left in
             the mode that it was in.
         images: One image or any iterable of them, of one kind or mixed: paths (a folder stands for all images in it),
-            PIL images, and arrays [H, W, 3] of integers (0…255; 0…65535 of uint16) or floats (0…1 or 0…255), also
-            [H, W] in grey and [H, W, 4] with alpha; an array [N, H, W, 3] is N images. All are seen as
-            `convmixer_timm.images.load_image` sees them: EXIF rotation applied, brought to the model's size.
+            a file's content as bytes, PIL images, and arrays [H, W, 3] of integers (0…255; 0…65535 of uint16) or floats
+            (0…1 or 0…255), also [H, W] in grey and [H, W, 4] with alpha; an array [N, H, W, 3] is N images. All are
+            seen as `convmixer_timm.images.load_image` sees them: EXIF rotation applied, brought to the model's size.
         topk: How many classes to give for each, at most all.
         batch_size: Images at a time.
         on_error: Called with each image that can't be read, which is then left out; without it the error is raised.
@@ -51,13 +51,16 @@ def predict(
 
     Raises:
         ImageError: If a file can't be read; an OSError of one line that names it.
-        ValueError: If something is no image, the model is no classifier, or `topk` or `batch_size` is less than 1.
+        ValueError: If something is no image, the model is no classifier of two classes or more, or `topk` or
+            `batch_size` is less than 1.
     """
     check_model(model)
     if not all(isinstance(n, numbers.Integral) and n > 0 for n in (topk, batch_size)):
         raise ValueError(f"topk and batch_size must be whole numbers, 1 or more, got {topk!r} and {batch_size!r}")
     load = image_loader(model)
     names = class_names(model)
+    if len(names) == 1:
+        raise ValueError("the model has one class only: there is nothing to choose, and its softmax is always 1")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))  # device and precision
 
     def run(batch: list[tuple[Any, torch.Tensor]]) -> Iterator[tuple[Any, Classes]]:
@@ -87,7 +90,7 @@ def predict(
 
 
 def _each(images: Any) -> Iterator[Any]:
-    one = isinstance(images, str | os.PathLike | Image.Image) or hasattr(images, "read")
+    one = isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image) or hasattr(images, "read")
     one = one or getattr(images, "ndim", 1) in (0, 2, 3)
     if not one and not isinstance(images, Iterable):
         raise ValueError(f"images are paths, PIL images or arrays [H, W, 3], got a {type(images).__name__}")

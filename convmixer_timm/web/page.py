@@ -187,8 +187,9 @@ def _check_classifier(name: str, model: Any) -> None:
         raise ValueError(f"{name} takes images of {channels} channels; a browser's have 3, or 1 when made grey")
     with torch.inference_mode():
         shape = tuple(model(torch.zeros(1, channels, height, width)).shape)
-    if not model.num_classes or shape != (1, model.num_classes):
-        raise ValueError(f"{name} is no classifier: for an image it gives {'x'.join(map(str, shape[1:]))} values")
+    if model.num_classes < 2 or shape != (1, model.num_classes):
+        values = "x".join(map(str, shape[1:]))
+        raise ValueError(f"{name} is no classifier of two classes or more: for an image it gives {values} values")
 
 
 def _own_examples(metadata: dict[str, Any]) -> list[Path]:

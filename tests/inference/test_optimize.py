@@ -273,8 +273,24 @@ def test_what_cannot_be_optimised_is_said_before_anything_is_built(model, images
     for script in (torch.jit.script(model), nn.Sequential(torch.jit.trace(model, images[:1]))):
         with pytest.raises(ValueError, match="in TorchScript can't be optimised"):
             optimize(script, images, "inductor")
+    with pytest.raises(ValueError, match="DataParallel can't be optimised: give the model that it was made from"):
+        optimize(nn.DataParallel(model), images, "inductor")
     with pytest.raises(ValueError, match="only a model that gives a tensor can be optimised, this one gives a list"):
         optimize(timm.create_model("convmixer_128_4", features_only=True), images, "inductor")
+
+
+def test_a_compiled_model_is_optimised_as_what_it_was_made_from(model, images, monkeypatch):
+    seen = []
+
+    def engine(network, *args):
+        seen.append(network)
+        return network
+
+    monkeypatch.setattr(optimize_module, "BACKENDS", {"inductor": (engine, ("fp32",))})
+    fast = optimize(torch.compile(model), images, "inductor")
+    assert type(seen[0]) is type(model)
+    with pytest.raises(ValueError, match="OptimizedModel can't be optimised: give the model that it was made from"):
+        optimize(fast, images, "inductor")
 
 
 def test_calibration_takes_loaders_and_folders(model, images):

@@ -206,7 +206,7 @@ def test_one_or_many_images_of_any_kind(model):
     for _, classes in predictions:
         assert [name for name, _ in classes] == [name for name, _ in first]
         assert [p for _, p in classes] == pytest.approx([p for _, p in first], abs=1e-3)
-    for one in (str(cat), cat, picture, array):
+    for one in (str(cat), cat, cat.read_bytes(), picture, array):
         [(given, classes)] = predict(model, one, topk=2)
         assert given is one
         assert dict(classes) == pytest.approx(dict(first), abs=1e-4)
@@ -310,6 +310,8 @@ def test_a_damaged_description_gets_one_line(content, message, tmp_path, capsys)
 def test_what_is_no_classifier_is_said(options):
     with pytest.raises(ValueError, match="no classifier: the model gives"):
         list(predict(timm.create_model("convmixer_128_4", **options), IMAGES / "cat/0000.png"))
+    with pytest.raises(ValueError, match="one class only: there is nothing to choose"):
+        list(predict(timm.create_model("convmixer_128_4", num_classes=1), IMAGES / "cat/0000.png"))
 
 
 @pytest.mark.parametrize(
