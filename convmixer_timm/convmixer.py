@@ -167,8 +167,10 @@ class ConvMixer(nn.Module):
             ]
         )
         self.feature_info = [dict(num_chs=dim, reduction=patch_size, module=f"blocks.{i}") for i in range(depth)]
+        # In timm's order, for who takes the model apart by its children.
+        self.global_pool = GlobalPool(pool_type=global_pool, flatten=bool(global_pool))
         self.head_drop = nn.Dropout(drop_rate)
-        self._set_head(num_classes, global_pool, **dd)
+        self._set_head(num_classes, None, **dd)
 
     def _set_head(self, num_classes: int, global_pool: str | None, device: Any = None, dtype: Any = None) -> None:
         self.num_classes = num_classes
@@ -201,7 +203,7 @@ class ConvMixer(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, on the same device, in the same dtype and mode.
+        """Replace the classifier, on the same device, in the same dtype and mode. Its classes have no names yet.
 
         Args:
             num_classes: Classes; 0 for no classifier.
@@ -211,6 +213,7 @@ class ConvMixer(nn.Module):
         self._set_head(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
         self.global_pool.train(self.training)
         self.head.train(self.training)
+        getattr(self, "pretrained_cfg", {}).pop("label_names", None)
 
     def forward_intermediates(
         self,

@@ -66,7 +66,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
             if not temporary.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "is a folder: name a file to write", str(path))
             os.replace(path, folder / ".old")
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if (folder / ".old").exists():
+                os.replace(folder / ".old", path)
+            raise
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
-from timm.data.readers.img_extensions import add_img_extensions, get_img_extensions
+from timm.data.readers.img_extensions import get_img_extensions
 
 from .errors import one_line, os_reason
 
@@ -38,7 +38,7 @@ _NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _MAX_RATIO = 100
 
 # Of metadata that nobody asked for. `warnings.catch_warnings` around each image would not be safe from threads.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageError(OSError):
@@ -55,10 +55,10 @@ def _formats() -> list[str]:
 
 
 def known_extensions() -> set[str]:
-    """The names' endings that tell an image: all that `load_image` reads, which timm's readers take for images too."""
+    """The names' endings that tell an image: those of timm's readers, and of all that `load_image` reads."""
     formats = set(_formats())
-    add_img_extensions(sorted(ext for ext, name in Image.registered_extensions().items() if name in formats))
-    return get_img_extensions(as_set=True)
+    own = {extension for extension, name in Image.registered_extensions().items() if name in formats}
+    return own | get_img_extensions(as_set=True)
 
 
 def find_images(patterns: Iterable[str | Path]) -> list[Path]:
@@ -149,7 +149,7 @@ def _open(source: str | os.PathLike | BinaryIO) -> Image.Image:
             return _read(stack.enter_context(Image.open(file, formats=_formats())), name)
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, _too_large()) from error
     except Image.UnidentifiedImageError as error:
         empty = path is not None and os.stat(path).st_size == 0

@@ -274,6 +274,30 @@ def test_arrays(array):
     assert np.abs(np.asarray(load_image(array(rgb))).astype(int) - rgb).max() <= 1
 
 
+def test_what_belongs_to_the_whole_process_stays_as_the_user_has_it():
+    """timm's readers, and Pillow's warning of images that decompress to too much."""
+    code = f"""
+import warnings
+import timm.data
+from PIL import Image
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+endings = timm.data.get_img_extensions()
+from convmixer_timm.images import ImageError, find_images, load_image
+assert len(find_images([{str(IMAGES)!r}])) == 30 and timm.data.get_img_extensions() == endings
+Image.MAX_IMAGE_PIXELS = 600
+try:
+    load_image({str(CAT)!r})
+except ImageError as error:
+    assert "too large, more than 600 pixels are not read" in str(error), error
+try:
+    Image.open({str(CAT)!r})
+except Image.DecompressionBombWarning:
+    print("warned")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "warned\n", done.stderr
+
+
 def test_bytes_are_a_files_content():
     assert load_image(CAT.read_bytes()) == load_image(CAT)
     with pytest.raises(ImageError, match="image: not an image that Pillow can read"):

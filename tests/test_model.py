@@ -10,7 +10,7 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn as nn
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
-from convmixer_timm import ConvMixer, set_fast_training
+from convmixer_timm import ConvMixer, class_names, set_fast_training
 
 SMALL = dict(dim=32, depth=3, kernel_size=5, patch_size=2, num_classes=10)
 
@@ -165,6 +165,23 @@ def test_meta_device_then_materialised():
     model = model.to_empty(device="cpu")
     model.load_state_dict(ConvMixer(**SMALL).state_dict())
     assert model.eval()(images()).isfinite().all()
+
+
+def test_children_come_in_timms_order():
+    theirs, ours = pair()
+    x = images()
+    assert [name for name, _ in ours.named_children()] == [name for name, _ in theirs.named_children()]
+    for n in range(1, 5):
+        cut = [nn.Sequential(*list(model.eval().children())[:-n]) for model in (theirs, ours)]
+        torch.testing.assert_close(cut[0](x), cut[1](x).contiguous(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_new_classifiers_classes_have_no_names():
+    model = timm.create_model("convmixer_128_4.e25_cifar10", pretrained=True)
+    assert class_names(model)[0] == "airplane"
+    model.reset_classifier(10)
+    assert class_names(model) == [str(i) for i in range(10)]
+    assert class_names(timm.create_model("convmixer_128_4.e25_cifar10", pretrained=True))[0] == "airplane"
 
 
 @pytest.mark.parametrize("train", [False, True])

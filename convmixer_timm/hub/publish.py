@@ -156,12 +156,12 @@ def publish(
         check_hub_settings()
         if get_token() is None:
             raise HubError("no Hugging Face token: run `hf auth login` with one that may write, or set HF_TOKEN")
-        limit_waiting(timeout)
-        api = HfApi(library_name="convmixer-timm", library_version=version())
-        sent = _send(api, folder, repo_id, private, revision, create_pr, tag)
-        if page:
-            sent = replace(sent, page=_send(api, space, repo_id, sent.private, repo_type="space"))
-        return sent
+        with limit_waiting(timeout):
+            api = HfApi(library_name="convmixer-timm", library_version=version())
+            sent = _send(api, folder, repo_id, private, revision, create_pr, tag)
+            if page:
+                sent = replace(sent, page=_send(api, space, repo_id, sent.private, repo_type="space"))
+            return sent
 
 
 def _compare(model: Any, folder: Path) -> None:

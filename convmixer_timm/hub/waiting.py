@@ -1,10 +1,13 @@
 """How long the Hub's answers are waited for while publishing, and what is said meanwhile."""
 
+import contextlib
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import huggingface_hub
 from huggingface_hub import utils
 
 from ..errors import HubTimeout, timeout_cause
@@ -14,8 +17,9 @@ __all__ = ["limit_waiting"]
 _SILENCE = 5.0  # seconds after which a line tells what is waited for
 
 
-def limit_waiting(seconds: float) -> None:
-    """Lets huggingface_hub's client wait so long for each answer, once, and say what it waits for.
+@contextlib.contextmanager
+def limit_waiting(seconds: float) -> Iterator[None]:
+    """Lets huggingface_hub's client wait so long for each answer, once, and say what it waits for, within the block.
 
     By itself it waits for ever for most answers, or asks again up to five times for as long.
     """
@@ -25,20 +29,21 @@ def limit_waiting(seconds: float) -> None:
         return session
 
     if hasattr(utils, "configure_http_backend"):  # before 1.0, on requests
-        import requests
-
-        utils.configure_http_backend(lambda: limited(requests.Session()))
-        return
-
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+        configure, factory = utils.configure_http_backend, "_GLOBAL_BACKEND_FACTORY"
+    else:
+        configure, factory = huggingface_hub.set_client_factory, "_GLOBAL_CLIENT_FACTORY"
+    own = getattr(utils._http, factory)  # the user's, with a proxy or a certificate, or the library's
 
     def client() -> Any:
-        made = limited(default_client_factory())
+        made = limited(own())
         made.timeout = seconds
         return made
 
-    set_client_factory(client)
+    configure(client)
+    try:
+        yield
+    finally:
+        configure(own)
 
 
 def _send(send: Any, seconds: float) -> Any:

@@ -115,22 +115,27 @@ def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
             raise ValueError(f"{name!r} is a folder: a packed one is loaded by 'local-dir:{name}'")
         problem = "has no weights" if timm.is_model(arch) and "." not in name else "is not a known model"
         raise ValueError(f"{name!r} {problem}. With weights there are: {', '.join(known)}.")
-    cfg = None if scheme else timm.get_pretrained_cfg(name)
+    cfg, source = None if scheme else timm.get_pretrained_cfg(name), {}
     if scheme == "local-dir":
         return load_folder(Path(location).expanduser()).eval().to(device)
     if scheme in ("hf-hub", "hf_hub"):
         weights = download(location)
         check_description(weights.with_name("config.json"), read_checkpoint(weights))
+        # That file, whatever else a stranger's description names: a pickle, say, which older timm runs.
+        source = dict(source="", file=str(weights), state_dict=None, custom_load=False)
     elif cfg and cfg.hf_hub_id and not cfg.file:
         download(str(cfg.hf_hub_id), config=False)
     try:
-        model = timm.create_model(name, pretrained=True)
+        model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source or None)
     except OSError:
         raise
     except Exception as error:  # PyTorch's, for tensors of other names or sizes, and the architecture's own
         raise ValueError(f"{name}: its weights don't fit its description: {error or type(error).__name__}") from error
+    if source:
+        model.pretrained_cfg.update(source="hf-hub", file=None)
     check_preprocessing(model, name)
-    return model.eval().to(device)
+    ready: nn.Module = model.eval().to(device)
+    return ready
 
 
 def load_folder(folder: Path) -> nn.Module:
@@ -174,6 +179,8 @@ def check_description(config: Path, state_dict: dict[str, torch.Tensor]) -> None
         sizes = {**args, "num_classes": args.get("num_classes", classes)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{config} doesn't describe a model to timm: it has no architecture") from error
+    if told := [name for name in args if name.startswith("pretrained")]:  # how to load weights is nothing of a model
+        raise ValueError(f"{config} has the model argument {told[0]}, which is no size or choice of a model")
     if not known:
         raise ValueError(f"{config} is of {architecture!r}, which is no architecture that timm or this package knows")
     if not architecture.startswith("convmixer"):

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 
 from ..files import atomic_path, cache_dir, private_dir
 
-__all__ = ["available", "batched", "enabled", "library", "require", "set_fast_training", "transformed"]
+__all__ = ["available", "batched", "enabled", "library", "recomputes", "require", "set_fast_training", "transformed"]
 
 _logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -29,7 +30,7 @@ _FLAGS = (
     "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-predictive-commoning -fopenmp -shared -fPIC"
 ).split()
 _SUM = hashlib.sha256().digest_size  # a library ends with its own checksum, which the loader doesn't look at
-_enabled = os.environ.get("CONVMIXER_TIMM_FAST", "1") != "0"
+_enabled = os.environ.get("CONVMIXER_TIMM_FAST", "1").lower() not in ("0", "off", "no", "false")
 _gpu_enabled = os.environ.get("CONVMIXER_TIMM_FAST", "").lower() == "gpu"
 
 
@@ -76,6 +77,11 @@ def batched(grad: torch.Tensor) -> bool:
     return transformed() or torch._C._dispatch_keys(grad).has("Batched")
 
 
+def recomputes() -> bool:
+    """Whether what runs is a part of the backward pass: activations that a checkpoint computes anew."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _machine() -> str:
     """What the built code depends on besides its source: a cache may be shared by different processors."""
     try:
@@ -97,15 +103,16 @@ def library() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):  # nothing that the user could do about it
         _logger.info("ConvMixer trains with PyTorch's own operations: the fast kernels are for Linux.")
         return None
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if not compiler:
+    chosen = os.environ.get("CXX", "")
+    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), chosen, _machine(), *_FLAGS])
+    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    compiler = chosen or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
+    if not compiler and not _is_whole(cache_dir() / name):
         _logger.warning(
             "No C++ compiler found: ConvMixer trains slowly, with PyTorch's own operations. "
             "Install g++ or name one in CXX."
         )
         return None
-    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), compiler, _machine(), *_FLAGS])
-    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
         try:
             return _load(cache_dir() / name, compiler)
@@ -129,7 +136,8 @@ def _load(path: Path, compiler: str) -> ctypes.CDLL:
     if path.is_dir():  # the name is ours, so whatever that is, it is in a library's place
         shutil.rmtree(path, ignore_errors=True)
     with atomic_path(path) as built:
-        command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(built)]
+        command = [compiler] if shutil.which(compiler) else shlex.split(compiler)  # one with arguments
+        command += [*_FLAGS, str(_SOURCE), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8", errors="replace")
         built.write_bytes((content := built.read_bytes()) + hashlib.sha256(content).digest())
     return ctypes.CDLL(str(path))

@@ -6,7 +6,9 @@ are faster; on a GPU, by the Triton kernels, if the user asked for them. Otherwi
 tracer, a hook, a tensor subclass), its `forward` runs.
 """
 
-from typing import TypeGuard
+import functools
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn as nn
@@ -27,13 +29,21 @@ _GELUS = (nn.GELU, get_act_layer("gelu"))
 
 
 class _Layer(nn.Module):
-    def __call__(self, input: Tensor) -> Tensor:  # as a Sequential calls it
-        if not _runs_here(input) or not untouched(self):
-            return super().__call__(input)
-        if not gpu.is_gpu(input):
+    _forward: Callable[..., Tensor]  # that of the layer which this stands before
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "_forward") and cls.forward is not nn.Module.forward:
+            cls._forward = cls.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else kwargs.get("x", kwargs.get("input"))
+        if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or not _runs_here(x) or not _is_as_made(self):
+            return super().__call__(*args, **kwargs)
+        if not gpu.is_gpu(x):
             memory.keep_freed()
-            input = input.contiguous(memory_format=torch.channels_last)
-        return self._fast(input)
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self._fast(x)
 
     def _fast(self, x: Tensor) -> Tensor:
         """The layer of `x`, [N, C, H, W], on a CPU in channels-last."""
@@ -54,8 +64,8 @@ class Residual(_Layer):
     """Before a module that adds its input to its `fn`, a `ConvActNorm`, with stochastic depth `drop_path`."""
 
     def _fast(self, x):
-        plain = type(self.drop_path) is nn.Identity and untouched(self.fn, self.drop_path)
-        if plain and isinstance(self.fn, ConvActNorm):
+        plain = type(self.drop_path) is nn.Identity and untouched(self.drop_path)
+        if plain and isinstance(self.fn, ConvActNorm) and _is_as_made(self.fn):
             return self.fn._fast(x, residual=True)
         return self.drop_path(self.fn(x)) + x
 
@@ -75,14 +85,16 @@ class GlobalPool(_Layer):
     turn: a tenth of a step. Windows keep the layout; one over rows, then one over columns is faster than one over both,
     and rounds less."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         # Without pooling the layout is its caller's.
-        return super().__call__(x) if self.pool_type else nn.Module.__call__(self, x)
+        call = super().__call__ if self.pool_type else functools.partial(nn.Module.__call__, self)
+        return call(*args, **kwargs)
 
     def _fast(self, x):
         # Compiled, windows of one size would be for that size alone.
         here = not gpu.is_gpu(x) and not torch.compiler.is_compiling() and untouched(self.pool, self.flatten)
-        if here and self.pool_type == "avg" and isinstance(self.flatten, nn.Flatten):
+        average = type(self.pool) is nn.AdaptiveAvgPool2d and self.pool.output_size in (1, (1, 1))
+        if here and average and isinstance(self.flatten, nn.Flatten):
             return F.avg_pool2d(F.avg_pool2d(x, (1, x.shape[3])), (x.shape[2], 1)).flatten(1)
         return self.forward(x)
 
@@ -129,6 +141,11 @@ def untouched(*modules: nn.Module) -> bool:
         or "forward" in m.__dict__
         for m in modules
     )
+
+
+def _is_as_made(layer: _Layer) -> bool:
+    """Whether a call of the layer would compute what this package made it for: nobody's subclass, hook or patch."""
+    return type(layer).forward is type(layer)._forward and untouched(layer)
 
 
 def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, residual: bool = False) -> Tensor:
@@ -247,6 +264,8 @@ def _is_gelu(act: nn.Module) -> bool:
 @torch.no_grad()
 def _move_running_stats(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """Moves `norm`'s running statistics by a batch's mean and biased variance, each [C] over `count` values."""
+    if build.recomputes():
+        return  # they moved before, and checkpointing changes nothing
     assert norm.momentum is not None and norm.running_mean is not None and norm.running_var is not None  # `_fuses`
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)

@@ -11,11 +11,14 @@
 // the same bits. `channels` is a multiple of 16.
 // GCC's and Clang's vector types stand for the registers, so one text serves AVX-512, AVX2 and NEON.
 // build.py builds this file at first use.
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <omp.h>
+#include <optional>
 #include <type_traits>
 #include <vector>
 #ifdef __AVX512F__
@@ -82,6 +85,29 @@ inline void store(bf16 *p, f32 v) {  // rounds to nearest even; a NaN stays one
 #endif
     std::memcpy(p, &half, sizeof half);
 }
+
+// What each thread of a parallel region works with, made there, so that the memory is near it. Nothing may be thrown out of such
+// a region: `check` after it tells of what could not be made.
+class Scratch {
+    std::atomic<bool> failed{false};
+
+  public:
+    template <class Make>
+    auto make(Make make) {  // empty in every thread where one of them lacked the memory
+        std::optional<decltype(make())> mine;
+        try {
+            mine.emplace(make());
+        } catch (const std::bad_alloc &) {
+            failed = true;
+        }
+#pragma omp barrier
+        if (failed) mine.reset();
+        return mine;
+    }
+    void check() const {
+        if (failed) throw std::bad_alloc();
+    }
+};
 
 // ---- depthwise convolution ----
 // One image and LANES channels at a time are copied into fp32 tiles, with a zero border where the convolution reaches over
@@ -194,7 +220,7 @@ struct WeightSums {
     void add_bias(int64_t b, f32 v) { sums[b * (s.taps() + 1) + s.taps()] += v; }
 };
 
-// One a thread, made by the thread itself, so that the memory is near it.
+// One a thread.
 struct AllWeightSums {
     std::vector<std::unique_ptr<WeightSums>> of;
 
@@ -218,10 +244,15 @@ struct AllWeightSums {
 template <class T>
 void weight_grad(int threads, const T *x, const T *g, float *dw, float *db, const Shape s) {
     AllWeightSums all(threads);
+    struct Mine {
+        WeightSums &sums;
+        Tile x_tile, g_tile;
+    };
+    Scratch scratch;
 #pragma omp parallel num_threads(threads)
-    {
-        WeightSums &sums = all.mine(s);
-        Tile x_tile(s, s.K, (s.K - 1) / 2), g_tile(s, 1, 0);
+    if (auto mine = scratch.make([&] { return Mine{all.mine(s), Tile(s, s.K, (s.K - 1) / 2), Tile(s, 1, 0)}; })) {
+        WeightSums &sums = mine->sums;
+        Tile &x_tile = mine->x_tile, &g_tile = mine->g_tile;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t b = 0; b < s.blocks(); b++) {
@@ -238,6 +269,7 @@ void weight_grad(int threads, const T *x, const T *g, float *dw, float *db, cons
                 sums.add_bias(b, bias);
             }
     }
+    scratch.check();
     all.write(s, dw, db);
 }
 
@@ -247,8 +279,10 @@ struct Activated {
     f32 value, slope;
 };
 
+// Each has `Exact`, which takes its place where a norm divides by so little that what is wrong would show.
 template <class T>
 struct Relu {
+    using Exact = Relu;
     static Activated at(f32 z) { return {z < 0.f ? f32{} : z, z > 0.f ? splat(1.f) : f32{}}; }
 };
 
@@ -256,17 +290,17 @@ struct Relu {
 template <class T>
 struct Gelu;
 
-// For bf16: normal distribution function and density on |z| <= 4.25 as polynomials in u = 2 z^2 / 4.25^2 - 1 (degree 8,
-// interpolated at Chebyshev nodes, highest power first): (Phi(z) - 1/2) / z and phi(z). Multiply-adds only, no exp and no
-// division; right to 6e-5 (beyond the limit to 1.5e-5 |z|) and its slope to 4e-4, where bf16 rounds to 4e-3 of the value.
-constexpr float LIMIT = 4.25f;
+// For bf16: normal distribution function and density on |z| <= 4.5 as polynomials in u = 2 z^2 / 4.5^2 - 1 (degree 8, fitted
+// for the least error, highest power first): (Phi(z) - 1/2) / z and phi(z), at the limit 1/2 / 4.5 and 0. Multiply-adds only,
+// no exp and no division; right to 4e-5 and its slope to 3e-4, where bf16 rounds to 4e-3 of the value.
+constexpr float LIMIT = 4.5f;
 constexpr int DEGREE = 8;
 constexpr float PHI_INTEGRAL[DEGREE + 1] = {
-    2.859089398e-03f, -6.652065291e-03f, 7.917809609e-03f, -1.374244715e-02f, 2.592862545e-02f,
-    -3.950270010e-02f, 5.564953488e-02f, -8.074656354e-02f, 1.659364939e-01f};
+    3.425182076e-03f, -9.445899166e-03f, 1.215168182e-02f, -1.660224795e-02f, 2.762698755e-02f,
+    -4.060165584e-02f, 5.482374877e-02f, -7.716856897e-02f, 1.569018811e-01f};
 constexpr float PHI[DEGREE + 1] = {
-    3.080016809e-02f, -6.122312562e-02f, 4.166466201e-02f, -4.543559216e-02f, 7.836638980e-02f,
-    -7.351879861e-02f, 4.427358050e-02f, -1.920407359e-02f, 4.363138971e-03f};
+    4.079324752e-02f, -8.667603135e-02f, 5.601731315e-02f, -3.684263304e-02f, 6.653690338e-02f,
+    -6.330211461e-02f, 3.316103294e-02f, -1.218700968e-02f, 2.499298193e-03f};
 
 // Even and odd powers apart: half the steps that wait for the one before.
 inline f32 polynomial(const float *coefficients, f32 u) {
@@ -278,15 +312,6 @@ inline f32 polynomial(const float *coefficients, f32 u) {
     for (int i = 3; i < DEGREE; i += 2) odd = odd * v + coefficients[i];
     return even + u * odd;
 }
-
-template <>
-struct Gelu<bf16> {
-    static Activated at(f32 z) {
-        const f32 inside = clamp(z, LIMIT), u = inside * inside * (2 / (LIMIT * LIMIT)) - 1.f;
-        const f32 cdf = 0.5f + inside * polynomial(PHI_INTEGRAL, u);
-        return {z * cdf, cdf + inside * polynomial(PHI, u)};
-    }
-};
 
 template <int N>
 inline f32 powers(const float (&coefficients)[N], f32 v) {  // lowest power first
@@ -310,6 +335,7 @@ constexpr float EXP2[] = {1.f,
 
 template <>
 struct Gelu<float> {
+    using Exact = Gelu;
     static f32 exp2(f32 v) {  // for -126 < v <= 0
         const f32 shifted = v + 12582912.f;  // 1.5 * 2^23: the integer next to v stands in the last bits
         const f32 fraction = powers(EXP2, v - (shifted - 12582912.f));
@@ -324,6 +350,19 @@ struct Gelu<float> {
         return {(f32)((u32)z & ~negative) - a * tail, cdf + inside * bell * 0.39894228f};
     }
 };
+
+template <>
+struct Gelu<bf16> {
+    using Exact = Gelu<float>;
+    static Activated at(f32 z) {
+        const f32 inside = clamp(z, LIMIT), u = inside * inside * (2 / (LIMIT * LIMIT)) - 1.f;
+        const f32 cdf = 0.5f + inside * polynomial(PHI_INTEGRAL, u);
+        return {z * cdf, cdf + inside * polynomial(PHI, u)};
+    }
+};
+
+template <class Act>
+constexpr bool EXACT = std::is_same_v<Act, typename Act::Exact>;
 
 // ---- activation, then batch-norm with the batch's own statistics ----
 
@@ -353,10 +392,15 @@ template <class Terms>
 std::vector<double> column_sums(int threads, int64_t rows, int64_t C, Terms terms) {
     const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
     Totals totals(threads, C);
+    struct Mine {
+        std::vector<double> &sums;
+        Vectors part;
+    };
+    Scratch scratch;
 #pragma omp parallel num_threads(threads)
-    {
-        auto &mine = totals.mine();
-        Vectors part(2 * C / LANES);
+    if (auto mine = scratch.make([&] { return Mine{totals.mine(), Vectors(2 * C / LANES)}; })) {
+        std::vector<double> &sums = mine->sums;
+        Vectors &part = mine->part;
 #pragma omp for schedule(static)
         for (int64_t k = 0; k < chunks; k++) {
             const int64_t end = (k + 1) * CHUNK < rows ? (k + 1) * CHUNK : rows;
@@ -364,47 +408,124 @@ std::vector<double> column_sums(int threads, int64_t rows, int64_t C, Terms term
             for (int64_t r = k * CHUNK; r < end; r++)
                 for (int64_t c = 0; c < C; c += LANES) terms(r * C + c, c, part[2 * c / LANES], part[2 * c / LANES + 1]);
             for (int64_t c = 0; c < C; c++) {
-                mine[c] += part[c / LANES * 2][c % LANES];
-                mine[C + c] += part[c / LANES * 2 + 1][c % LANES];
+                sums[c] += part[c / LANES * 2][c % LANES];
+                sums[C + c] += part[c / LANES * 2 + 1][c % LANES];
             }
         }
     }
+    scratch.check();
     return totals.joined();
 }
 
-// y = gamma (a - mean) / sqrt(var + eps) + beta [+ shortcut] with a = act(z); writes mean and (biased) var too. From the
-// totals of a - pivot and its square: near any one of the values fp32 keeps the digits that the variance is made of.
-template <class T, class Act>
-void normalise(int threads, const std::vector<double> &totals, const float *pivot, const T *z, const T *shortcut,
-               const float *gamma, const float *beta, T *y, float *mean, float *var, int64_t rows, int64_t C, double eps) {
-    std::vector<float> scale(C);
-    for (int64_t c = 0; c < C; c++) {
-        const double d = totals[c] / rows, v = totals[C + c] / rows - d * d;
-        mean[c] = pivot[c] + d;
-        var[c] = v < 0 ? 0 : v;
-        scale[c] = gamma[c] / std::sqrt(var[c] + eps);
-    }
+using Blocks = std::vector<char>;  // of channels, whether something holds for them
+
+// The same sums anew for some blocks of channels.
+template <class Terms>
+void sum_again(int threads, int64_t rows, int64_t C, const Blocks &which, std::vector<double> &totals, Terms terms) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < C; c += LANES) {
-            const int64_t i = r * C + c;
-            f32 v = (Act::at(load(z + i)).value - load(mean + c)) * load(&scale[c]) + load(beta + c);
-            if (shortcut) v += load(shortcut + i);
-            store(y + i, v);
+    for (int64_t b = 0; b < C / LANES; b++) {
+        if (!which[b]) continue;
+        const int64_t c = b * LANES;
+        double *firsts = &totals[c], *seconds = &totals[C + c];
+        for (int l = 0; l < LANES; l++) firsts[l] = seconds[l] = 0;
+        for (int64_t start = 0; start < rows; start += CHUNK) {
+            f32 first = {}, second = {};
+            for (int64_t r = start; r < rows && r < start + CHUNK; r++) terms(r * C + c, c, first, second);
+            for (int l = 0; l < LANES; l++) {
+                firsts[l] += first[l];
+                seconds[l] += second[l];
+            }
         }
+    }
 }
+
+// The blocks of channels whose norm makes more of what is wrong in a value or slope than bf16 rounds to: they take the exact
+// activation.
+template <class Act>
+Blocks steep_blocks(const float *gamma, const float *var, int64_t C, double eps) {
+    Blocks steep(C / LANES);
+    for (int64_t c = 0; c < C; c++)
+        if (!EXACT<Act> && std::abs(gamma[c]) / std::sqrt(var[c] + eps) > 16) steep[c / LANES] = true;
+    return steep;
+}
+
+// Does `work(activation, row x channels + channel, channel)` everywhere, and once more where it is to be exact: a question in
+// the loop itself would cost all of them.
+template <class Act, class Work>
+void everywhere(int threads, int64_t rows, int64_t C, const Blocks &steep, Work work) {
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < C; c += LANES) work(Act(), r * C + c, c);
+        for (int64_t c = 0; c < C; c += LANES) {
+            if (!steep[c / LANES]) continue;
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < rows; r++) work(typename Act::Exact(), r * C + c, c);
+        }
+    }
+}
+
+// mean and (biased) var of a = act(z) from the totals of a - pivot and its square, in fp32: near the pivot it keeps the digits
+// that the variance is made of. Blocks of channels that lie far from theirs, and steep ones, are summed once more.
+template <class T, class Act>
+void statistics(int threads, std::vector<double> totals, std::vector<float> pivot, const T *z, const float *gamma, float *mean,
+                float *var, int64_t rows, int64_t C, double eps) {
+    Blocks again(C / LANES);
+    auto write = [&] {
+        for (int64_t c = 0; c < C; c++) {
+            const double d = totals[c] / rows, v = totals[C + c] / rows - d * d;
+            mean[c] = pivot[c] + d;
+            var[c] = v < 0 ? 0 : v;
+            if (d * d > 16 * v) again[c / LANES] = true;
+        }
+    };
+    write();
+    const Blocks steep = steep_blocks<Act>(gamma, var, C, eps);
+    for (int64_t b = 0; b < C / LANES; b++) {
+        again[b] |= steep[b];
+        if (again[b]) std::memcpy(&pivot[b * LANES], mean + b * LANES, sizeof(f32));
+    }
+    sum_again(threads, rows, C, again, totals, [&](int64_t i, int64_t c, f32 &first, f32 &second) {
+        const f32 d = Act::Exact::at(load(z + i)).value - load(&pivot[c]);
+        first += d;
+        second += d * d;
+    });
+    write();
+}
+
+// y = gamma (a - mean) / sqrt(var + eps) + beta [+ shortcut] with a = act(z).
+template <class T, class Act>
+void normalise(int threads, const T *z, const T *shortcut, const float *gamma, const float *beta, T *y, const float *mean,
+               const float *var, int64_t rows, int64_t C, double eps) {
+    std::vector<float> scale(C);
+    for (int64_t c = 0; c < C; c++) scale[c] = gamma[c] / std::sqrt(var[c] + eps);
+    const Blocks steep = steep_blocks<Act>(gamma, var, C, eps);
+    everywhere<Act>(threads, rows, C, steep, [&](auto act, int64_t i, int64_t c) {
+        f32 v = (act.at(load(z + i)).value - load(mean + c)) * load(&scale[c]) + load(beta + c);
+        if (shortcut) v += load(shortcut + i);
+        store(y + i, v);
+    });
+}
+
+constexpr int64_t SAMPLES = 16;  // values whose mean the others are summed around
 
 template <class T, class Act>
 void forward(int threads, const T *z, const T *shortcut, const float *gamma, const float *beta, T *y, float *mean, float *var,
              int64_t rows, int64_t C, double eps) {
     std::vector<float> pivot(C);
-    for (int64_t c = 0; c < C; c += LANES) store(&pivot[c], Act::at(load(z + c)).value);
+    for (int64_t k = 0; k < SAMPLES; k++)
+        for (int64_t c = 0; c < C; c += LANES) {
+            const f32 a = Act::at(load(z + k * rows / SAMPLES * C + c)).value;
+            store(&pivot[c], load(&pivot[c]) + a * (1.f / SAMPLES));
+        }
     const auto totals = column_sums(threads, rows, C, [&](int64_t i, int64_t c, f32 &first, f32 &second) {
         const f32 d = Act::at(load(z + i)).value - load(&pivot[c]);
         first += d;
         second += d * d;
     });
-    normalise<T, Act>(threads, totals, &pivot[0], z, shortcut, gamma, beta, y, mean, var, rows, C, eps);
+    statistics<T, Act>(threads, totals, pivot, z, gamma, mean, var, rows, C, eps);
+    normalise<T, Act>(threads, z, shortcut, gamma, beta, y, mean, var, rows, C, eps);
 }
 
 // With xhat = (a - mean) rstd: dgamma = sum dy xhat, dbeta = sum dy,
@@ -412,16 +533,21 @@ void forward(int threads, const T *z, const T *shortcut, const float *gamma, con
 template <class T, class Act>
 struct InputGrad {
     std::vector<float> A, B, D;
+    Blocks steep;
     const float *mean;
 
     InputGrad(int threads, const T *z, const T *dy, const float *gamma, const float *mean, const float *var,
               float *dgamma, float *dbeta, int64_t rows, int64_t C, double eps)
-        : A(C), B(C), D(C), mean(mean) {
-        const auto totals = column_sums(threads, rows, C, [=](int64_t i, int64_t c, f32 &first, f32 &second) {
-            const f32 d = load(dy + i);
-            first += d;
-            second += d * (Act::at(load(z + i)).value - load(mean + c));
-        });
+        : A(C), B(C), D(C), steep(steep_blocks<Act>(gamma, var, C, eps)), mean(mean) {
+        auto terms = [=](auto act) {
+            return [=](int64_t i, int64_t c, f32 &first, f32 &second) {
+                const f32 d = load(dy + i);
+                first += d;
+                second += d * (act.at(load(z + i)).value - load(mean + c));
+            };
+        };
+        auto totals = column_sums(threads, rows, C, terms(Act()));
+        sum_again(threads, rows, C, steep, totals, terms(typename Act::Exact()));
         for (int64_t c = 0; c < C; c++) {
             const double rstd = 1 / std::sqrt(var[c] + eps), a = gamma[c] * rstd;
             const double b = -a * rstd * rstd * totals[C + c] / rows;
@@ -432,8 +558,9 @@ struct InputGrad {
             D[c] = -a * totals[c] / rows;
         }
     }
-    f32 at(f32 z, f32 dy, int64_t c) const {
-        const Activated a = Act::at(z);
+    template <class Exactly>
+    f32 at(Exactly act, f32 z, f32 dy, int64_t c) const {
+        const Activated a = act.at(z);
         return (load(&A[c]) * dy + load(&B[c]) * (a.value - load(mean + c)) + load(&D[c])) * a.slope;
     }
 };
@@ -442,12 +569,9 @@ template <class T, class Act>
 void backward(int threads, const T *z, const T *dy, const float *gamma, const float *mean, const float *var, T *dz, float *dgamma,
               float *dbeta, int64_t rows, int64_t C, double eps) {
     const InputGrad<T, Act> grad(threads, z, dy, gamma, mean, var, dgamma, dbeta, rows, C, eps);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < C; c += LANES) {
-            const int64_t i = r * C + c;
-            store(dz + i, grad.at(load(z + i), load(dy + i), c));
-        }
+    everywhere<Act>(threads, rows, C, grad.steep, [&](auto act, int64_t i, int64_t c) {
+        store(dz + i, grad.at(act, load(z + i), load(dy + i), c));
+    });
 }
 
 // ---- depthwise convolution, activation, batch-norm [and residual] as one ----
@@ -463,18 +587,21 @@ Vectors by_block(const float *weight, const Shape &s, bool turned) {
     return out;
 }
 
-// act of the convolution in the middle of the first image, a value for each channel that the others lie around.
+// Mean of act of the convolution at some positions, of images from first to last, for each channel.
 template <class T, class Act>
-std::vector<float> middle(const T *x, const float *bias, Vectors &filters, const Shape &s) {
+std::vector<float> sampled(const T *x, const float *bias, Vectors &filters, const Shape &s) {
     std::vector<float> out(s.C);
     const int64_t before = (s.K - 1) / 2;
-    for (int64_t b = 0; b < s.blocks(); b++) {
-        f32 sum = load(bias + b * LANES);
-        for (int64_t t = 0; t < s.taps(); t++) {
-            const int64_t h = s.H / 2 + t / s.K - before, w = s.W / 2 + t % s.K - before;
-            if (h >= 0 && h < s.H && w >= 0 && w < s.W) sum += filters[b * s.taps() + t] * load(x + s.index(0, b, h, w));
+    for (int64_t k = 0; k < SAMPLES; k++) {
+        const int64_t n = k * s.N / SAMPLES, position = (s.H / 2 * s.W + s.W / 2 + k * s.H * s.W / SAMPLES) % (s.H * s.W);
+        for (int64_t b = 0; b < s.blocks(); b++) {
+            f32 sum = load(bias + b * LANES);
+            for (int64_t t = 0; t < s.taps(); t++) {
+                const int64_t h = position / s.W + t / s.K - before, w = position % s.W + t % s.K - before;
+                if (h >= 0 && h < s.H && w >= 0 && w < s.W) sum += filters[b * s.taps() + t] * load(x + s.index(n, b, h, w));
+            }
+            store(&out[b * LANES], load(&out[b * LANES]) + Act::at(sum).value * (1.f / SAMPLES));
         }
-        store(&out[b * LANES], Act::at(sum).value);
     }
     return out;
 }
@@ -483,12 +610,17 @@ template <class T, class Act>
 void mixing_forward(int threads, const T *x, const float *weight, const float *bias, const float *gamma, const float *beta,
                     bool residual, T *y, T *z, float *mean, float *var, const Shape s, double eps) {
     Vectors filters = by_block(weight, s, false);
-    const auto pivot = middle<T, Act>(x, bias, filters, s);
+    const auto pivot = sampled<T, Act>(x, bias, filters, s);
     Totals totals(threads, s.C);
+    struct Mine {
+        std::vector<double> &sums;
+        Tile x_tile, z_tile;
+    };
+    Scratch scratch;
 #pragma omp parallel num_threads(threads)
-    {
-        auto &mine = totals.mine();
-        Tile x_tile(s, s.K, (s.K - 1) / 2), z_tile(s, 1, 0);
+    if (auto mine = scratch.make([&] { return Mine{totals.mine(), Tile(s, s.K, (s.K - 1) / 2), Tile(s, 1, 0)}; })) {
+        std::vector<double> &sums = mine->sums;
+        Tile &x_tile = mine->x_tile, &z_tile = mine->z_tile;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t b = 0; b < s.blocks(); b++) {
@@ -510,14 +642,16 @@ void mixing_forward(int threads, const T *x, const float *weight, const float *b
                         second += d * d;
                     }
                     for (int l = 0; l < LANES; l++) {
-                        mine[c + l] += first[l];
-                        mine[s.C + c + l] += second[l];
+                        sums[c + l] += first[l];
+                        sums[s.C + c + l] += second[l];
                     }
                 }
             }
     }
-    normalise<T, Act>(threads, totals.joined(), &pivot[0], z, residual ? x : nullptr, gamma, beta, y, mean, var,
-                      s.N * s.H * s.W, s.C, eps);
+    scratch.check();
+    const int64_t rows = s.N * s.H * s.W;
+    statistics<T, Act>(threads, totals.joined(), pivot, z, gamma, mean, var, rows, s.C, eps);
+    normalise<T, Act>(threads, z, residual ? x : nullptr, gamma, beta, y, mean, var, rows, s.C, eps);
 }
 
 // dx, or dw and db, may be null: nobody needs them.
@@ -528,24 +662,35 @@ void mixing_backward(int threads, const T *x, const T *z, const T *dy, const flo
     const InputGrad<T, Act> grad(threads, z, dy, gamma, mean, var, dgamma, dbeta, s.N * s.H * s.W, s.C, eps);
     Vectors filters = by_block(weight, s, true);
     AllWeightSums all(threads);
+    struct Mine {
+        WeightSums &sums;
+        Tile x_tile, dz_tile, dx_tile;
+    };
+    Scratch scratch;
 #pragma omp parallel num_threads(threads)
-    {
-        WeightSums &sums = all.mine(s);
-        Tile x_tile(s, s.K, (s.K - 1) / 2), dz_tile(s, s.K, s.K / 2), dx_tile(s, 1, 0);
+    if (auto mine = scratch.make([&] {
+            return Mine{all.mine(s), Tile(s, s.K, (s.K - 1) / 2), Tile(s, s.K, s.K / 2), Tile(s, 1, 0)};
+        })) {
+        WeightSums &sums = mine->sums;
+        Tile &x_tile = mine->x_tile, &dz_tile = mine->dz_tile, &dx_tile = mine->dx_tile;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t b = 0; b < s.blocks(); b++) {
                 const int64_t c = b * LANES;
                 f32 bias = {};
-                for (int64_t h = 0; h < s.H; h++)
-                    for (int64_t w = 0; w < s.W; w++) {
-                        const int64_t i = s.index(n, b, h, w);
-                        const f32 dyv = load(dy + i), dz = grad.at(load(z + i), dyv, c);
-                        bias += dz;
-                        store(dz_tile.at(h, w), dz);
-                        store(dx_tile.at(h, w), residual ? dyv : f32{});
-                        store(x_tile.at(h, w), load(x + i));
-                    }
+                auto fill = [&](auto act) {
+                    for (int64_t h = 0; h < s.H; h++)
+                        for (int64_t w = 0; w < s.W; w++) {
+                            const int64_t i = s.index(n, b, h, w);
+                            const f32 dyv = load(dy + i), dz = grad.at(act, load(z + i), dyv, c);
+                            bias += dz;
+                            store(dz_tile.at(h, w), dz);
+                            store(dx_tile.at(h, w), residual ? dyv : f32{});
+                            store(x_tile.at(h, w), load(x + i));
+                        }
+                };
+                if (grad.steep[b]) fill(typename Act::Exact());
+                else fill(Act());
                 if (dw) {
                     all_taps<WeightGrad>(s, x_tile.start, x_tile.width, dz_tile.inside, dz_tile.width,
                                          sums.weights(b));
@@ -558,51 +703,61 @@ void mixing_backward(int threads, const T *x, const T *z, const T *dy, const flo
                     for (int64_t w = 0; w < s.W; w++) store(dx + s.index(n, b, h, w), load(dx_tile.at(h, w)));
             }
     }
+    scratch.check();
     if (dw) all.write(s, dw, db);
 }
 
 }  // namespace
 
-// What operators.py calls: the activations' type, threads and size, then arguments and results in its signatures' order.
+// What operators.py calls: the activations' type, threads and size, then arguments and results in its signatures' order. Each
+// says whether there was the memory to work with.
+
+#define IN_MEMORY(CALL)                 \
+    try {                               \
+        CALL;                           \
+        return true;                    \
+    } catch (const std::bad_alloc &) {  \
+        return false;                   \
+    }
 
 #define FOR_TYPE(CALL)                      \
-    if (is_bf16) {                          \
+    IN_MEMORY(if (is_bf16) {                \
         using T = bf16;                     \
         if (gelu) { using Act = Gelu<T>; CALL; } else { using Act = Relu<T>; CALL; } \
     } else {                                \
         using T = float;                    \
         if (gelu) { using Act = Gelu<T>; CALL; } else { using Act = Relu<T>; CALL; } \
-    }
+    })
 
 extern "C" {
 
-void depthwise_weight_grad(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
+bool depthwise_weight_grad(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
                            const void *g, int64_t K, float *dw, float *db) {
     const Shape s{N, C, H, W, K};
-    if (is_bf16) weight_grad(threads, (const bf16 *)x, (const bf16 *)g, dw, db, s);
-    else weight_grad(threads, (const float *)x, (const float *)g, dw, db, s);
+    IN_MEMORY(if (is_bf16) weight_grad(threads, (const bf16 *)x, (const bf16 *)g, dw, db, s);
+              else weight_grad(threads, (const float *)x, (const float *)g, dw, db, s))
 }
 
-void act_norm(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *z,
+bool act_norm(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *z,
               const void *shortcut, const float *gamma, const float *beta, int64_t gelu, double eps, void *y, float *mean,
               float *var) {
     FOR_TYPE((forward<T, Act>(threads, (const T *)z, (const T *)shortcut, gamma, beta, (T *)y, mean, var, N * H * W, C, eps)))
 }
 
-void act_norm_backward(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *z,
+bool act_norm_backward(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *z,
                        const void *dy, const float *gamma, const float *mean, const float *var, int64_t gelu, double eps,
                        void *dz, float *dgamma, float *dbeta) {
     FOR_TYPE((backward<T, Act>(threads, (const T *)z, (const T *)dy, gamma, mean, var, (T *)dz, dgamma, dbeta, N * H * W, C, eps)))
 }
 
-void spatial_mixing(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
+bool spatial_mixing(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
                     const float *weight, const float *bias, const float *gamma, const float *beta, int64_t K,
                     int64_t residual, int64_t gelu, double eps, void *y, void *z, float *mean, float *var) {
     const Shape s{N, C, H, W, K};
     FOR_TYPE((mixing_forward<T, Act>(threads, (const T *)x, weight, bias, gamma, beta, residual, (T *)y, (T *)z, mean, var, s, eps)))
 }
 
-void spatial_mixing_backward(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
+bool spatial_mixing_backward(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
                              const void *z, const void *dy, const float *weight, const float *gamma, const float *mean,
                              const float *var, int64_t K, int64_t residual, int64_t gelu, double eps, int64_t for_x,
                              int64_t for_weight, void *dx, float *dw, float *db, float *dgamma, float *dbeta) {

@@ -50,8 +50,9 @@ def _operator(results: Callable) -> torch.library.CustomOpDef:
         keep = [x, *arguments, *out]  # copies in the right layout live until the kernel is done
         keep = [_laid_out(a, x) if isinstance(a, Tensor) else a for a in keep]
         function = getattr(build.require(), name)
-        function.restype = None
-        function(*map(_c, (x.dtype == torch.bfloat16, torch.get_num_threads(), *x.shape, *keep)))
+        function.restype = ctypes.c_bool
+        if not function(*map(_c, (x.dtype == torch.bfloat16, torch.get_num_threads(), *x.shape, *keep))):
+            raise RuntimeError(f"{name}: not enough memory for {list(x.shape)}")  # as PyTorch's allocator has it
         return out
 
     schema = torch.library.infer_schema(results, mutates_args=())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import create_dataset
+from timm.data.readers.img_extensions import add_img_extensions
 from timm.utils import natural_key
 from torch.utils.data import IterableDataset
 
@@ -355,7 +356,7 @@ def _name(args: Namespace) -> str:
 def _open(args: Namespace, split: str, where: str) -> Any:
     told = ("class_map", "input_key", "target_key", "seed")
     training = split == getattr(args, "train_split", None)
-    known_extensions()  # those of the training's reader
+    add_img_extensions(sorted(known_extensions()))  # those of the training's reader
     numbers = "num_samples", "train_num_samples" if training else "val_num_samples"
     try:
         return create_dataset(

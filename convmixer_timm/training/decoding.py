@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, dataset_factory
+from timm.data.readers.img_extensions import add_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from ..images import known_extensions, load_image, load_in_mode
@@ -135,7 +136,7 @@ def use_one_reader(keep: bool = False) -> None:
     Args:
         keep: Decode the small images of a folder once and keep them in memory, for who reads them again every epoch.
     """
-    known_extensions()
+    add_img_extensions(sorted(known_extensions()))
     factory: Any = dataset_factory
     factory.ImageDataset = functools.partial(OneReaderDataset, keep=keep)
     for name in ("ImageFolder", "ImageNet"):

@@ -558,6 +558,49 @@ def test_a_cache_without_links(published, fresh):
     assert code == 1 and f"FAILED  {published}: {config} doesn't describe a model" in out
 
 
+def test_only_the_file_that_was_checked_is_read(server, published, fresh, client):
+    """Whatever the description names: older timm would run a pickle that it does."""
+    assert client("publish", SOURCE, "--repo-id", "ann/trap")[0] == 0
+    config = json.loads((SOURCE / "config.json").read_text())
+    told = {
+        "hf_hub_filename": "evil.bin",
+        "custom_load": "hf",
+        "url": "http://127.0.0.1:9/evil.bin",
+        "file": "evil.bin",
+    }
+    config["pretrained_cfg"] = {**config["pretrained_cfg"], **told}
+    replace(server, "ann/trap", **{"config.json": json.dumps(config).encode(), "evil.bin": b"a pickle"})
+    code, out, err = predict(fresh, "hf-hub:ann/trap")
+    assert code == 0, err
+    assert out == predict(fresh, published)[1]
+    assert not list(fresh.home.rglob("evil.bin"))
+
+
+def test_the_users_own_client_is_kept():
+    code = """
+import huggingface_hub as hub
+from convmixer_timm.hub.waiting import limit_waiting
+if hasattr(hub, "set_client_factory"):
+    own, get, seconds = hub.utils._http.default_client_factory, hub.get_session, lambda client: client.timeout.read
+    configure = hub.set_client_factory
+else:
+    import requests
+    own, get, seconds = requests.Session, hub.utils.get_session, lambda client: client.timeout
+    configure = hub.configure_http_backend
+
+def mine():
+    client = own()
+    client.headers["x-company"] = "1"
+    return client
+
+configure(mine)
+with limit_waiting(7):
+    assert get().headers["x-company"] == "1" and seconds(get()) == 7
+assert get().headers["x-company"] == "1" and "patient" not in str(get().send)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_faults_while_loading(server, published, fresh):
     server.fail("resolve", "wrong hash")
     assert "damaged" in fresh.fails("predict", "--model", published, IMAGES / "ship")
@@ -596,6 +639,9 @@ def test_what_cannot_be_loaded_is_said(server, published, fresh, client):
     assert "has no model.safetensors" in error("hf-hub:ann/pickle")
     replace(server, "ann/nonsense", **{"config.json": b"not JSON"})
     assert "doesn't describe a model" in error("hf-hub:ann/nonsense")
+    told = {**config, "model_args": {**config.get("model_args", {}), "pretrained_strict": False}}
+    replace(server, "ann/odd", **{"config.json": json.dumps(told).encode()})
+    assert "has the model argument pretrained_strict" in error("hf-hub:ann/odd")
     # The registered weights of timm's organisation, which this Hub hasn't got.
     assert "no repository timm/convmixer_768_32.in1k" in error("convmixer_768_32.in1k")
 

@@ -94,6 +94,27 @@ def test_a_damaged_cache_is_built_anew(library_file, tmp_path):
 
 
 @needs_compiler
+def test_what_was_built_needs_no_compiler_any_more(library_file, tmp_path):
+    (tmp_path / "convmixer-timm").mkdir()
+    (tmp_path / "convmixer-timm" / library_file.name).write_bytes(library_file.read_bytes())
+    python(LOADS, XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
+
+
+@needs_compiler
+def test_a_compiler_may_have_a_space_in_its_name_or_arguments(tmp_path):
+    own = tmp_path / "my compiler"
+    own.write_text('#!/bin/sh\nexec c++ "$@"\n')
+    own.chmod(0o755)
+    for compiler in (str(own), "c++ -g0"):
+        python(LOADS, XDG_CACHE_HOME=str(tmp_path), CXX=compiler)
+
+
+@pytest.mark.parametrize("off", ["0", "off", "False"])
+def test_it_is_turned_off_in_the_environment(off):
+    python("from convmixer_timm.kernels import build; assert not build.enabled()", CONVMIXER_TIMM_FAST=off)
+
+
+@needs_compiler
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").touch()  # no folder can be made below it, whoever runs this
     python(LOADS, XDG_CACHE_HOME=str(tmp_path / "file"))

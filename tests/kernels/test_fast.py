@@ -79,6 +79,9 @@ def test_checkpointing_frozen_layers_and_accumulation(way, autocast):
     assert model.stem[0].weight.grad is None
     for a, b in zip(model.blocks[1:].parameters(), other.blocks[1:].parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-3)
+    if way == "kernels":  # PyTorch's norms move their statistics twice
+        for a, b in zip(model.buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_create_graph_works_under_autocast():
@@ -284,6 +287,29 @@ def test_a_subclass_of_a_layer_is_called(calls, where):
     assert calls.count("spatial_mixing") == 0
     train_step(model, torch.randn(4, 3, 16, 16))
     assert calls.count("spatial_mixing") == 1  # the other layer
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["stem", "blocks.0", "blocks.0.0", "blocks.0.0.fn", "global_pool"])
+def test_a_layers_own_forward_in_a_subclass_is_called(name, training, monkeypatch):
+    model = small_model().train(training)
+    layer = model.get_submodule(name)
+    x = torch.randn(2, 3 if name == "stem" else 32, 8, 8)
+    kind = type(layer)
+    layer.__class__ = type("Mine", (kind,), {"forward": lambda self, x: kind.forward(self, x) * 0 + 7})
+    assert (layer(x) == 7).all()
+    layer.__class__ = kind
+    assert not (layer(x) == 7).all()
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) * 0 + 5)
+    assert (layer(x) == 5).all()
+
+
+def test_a_pooling_put_in_place_is_called():
+    model = small_model().eval()
+    features = model.forward_features(torch.randn(2, 3, 16, 16))
+    model.global_pool.pool = nn.AdaptiveMaxPool2d(1)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features.amax((2, 3)))
 
 
 def _drop_the_activation(model):

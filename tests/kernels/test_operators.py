@@ -1,5 +1,8 @@
 """Each operator against PyTorch's operations in fp64, and what it refuses."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn as nn
@@ -217,6 +220,71 @@ def test_nan_and_infinity_are_not_hidden(dtype, bad):
     y = act_norm(x, torch.ones(32), torch.zeros(32), True, 1e-5)[0]
     assert y[:, 3].isnan().any()
     assert y[:, :3].isfinite().all() and y[:, 4:].isfinite().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", [(-4.5, -3.5), (-5.5, -4.5), (-7, -5), (-40, -20), (-1500, -500), (20, 40)])
+def test_channels_that_are_all_in_the_tail(dtype, values):
+    """Their norm divides by next to nothing, and makes much of whatever is wrong."""
+    torch.manual_seed(0)
+    least, most = values
+    x, grad = channels_last(16, 32, 8, 8, dtype=dtype), channels_last(16, 32, 8, 8, dtype=dtype)
+    x[:, :20] = least + (most - least) * torch.rand(16, 20, 8, 8)  # a whole block of channels and a part of one
+    gamma, beta = torch.ones(32), torch.zeros(32)
+    mixed = (torch.zeros(32, 1, 3, 3), torch.zeros(32), gamma, beta)
+    mixed[0][:, 0, 1, 1] = 1
+    exact = with_gradients(lambda t: plain_act_norm(t, None, gamma.double(), beta.double(), True), [x.double()], grad)
+    for fast in (
+        lambda t: act_norm(t, gamma, beta, True, 1e-5)[0],
+        lambda t: spatial_mixing(t, *mixed, False, True, 1e-5)[0],
+    ):
+        for got, want in zip(with_gradients(fast, [x], grad), exact, strict=True):
+            for channels in (slice(0, 20), slice(20, 32)):
+                limit = 1e-3 if dtype == torch.float32 else 2e-2
+                difference = (got[:, channels] - want[:, channels]).norm()
+                assert difference <= limit * want[:, channels].norm() + 1e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("where", [(0, 0, 0), (0, 4, 4), (15, 7, 7)])
+@pytest.mark.parametrize("gelu", [True, False])
+def test_one_value_far_from_the_others(where, gelu):
+    """Wherever it stands: the sums are taken around some of the values."""
+    torch.manual_seed(0)
+    x = channels_last(16, 32, 8, 8) * 0.01
+    n, h, w = where
+    x[n, :, h, w] = 1000.0
+    gamma, beta = torch.ones(32), torch.zeros(32)
+    mixed = (torch.zeros(32, 1, 3, 3), torch.zeros(32), gamma, beta)
+    mixed[0][:, 0, 1, 1] = 1
+    a = (F.gelu if gelu else F.relu)(x.double())
+    for _, mean, var in (act_norm(x, gamma, beta, gelu, 1e-5), spatial_mixing(x, *mixed, False, gelu, 1e-5)):
+        exact = a.var((0, 2, 3), correction=0)
+        assert ((mean - a.mean((0, 2, 3))).abs() < 1e-6 * exact.sqrt()).all()
+        assert relative(var, exact) < 1e-6
+
+
+@needs_compiler
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the process's memory")
+def test_too_little_memory_raises_and_ends_nothing():
+    code = """
+import resource, torch
+from pathlib import Path
+from convmixer_timm.kernels import operators
+torch.set_num_threads(2)
+ones, x = torch.ones(16), torch.randn(1, 16, 512, 512).contiguous(memory_format=torch.channels_last)
+arguments = torch.ones(16, 1, 9, 9), ones, ones, ones, 9, True, True, 1e-5
+operators.spatial_mixing(x[:, :, :8, :8], *arguments)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (36 << 20),) * 2)  # the results take 32
+try:
+    operators.spatial_mixing(x, *arguments)
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "spatial_mixing: not enough memory for [1, 16, 512, 512]\n", done.stderr
 
 
 @needs_compiler
