@@ -25,10 +25,7 @@ __all__ = ["available", "batched", "enabled", "library", "recomputes", "require"
 
 _logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-# Predictive commoning keeps what it has loaded in registers that the sums need: twice the time at kernel size 5 or 9.
-_FLAGS = (
-    "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-predictive-commoning -fopenmp -shared -fPIC"
-).split()
+_FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -shared -fPIC".split()
 _SUM = hashlib.sha256().digest_size  # a library ends with its own checksum, which the loader doesn't look at
 _enabled = os.environ.get("CONVMIXER_TIMM_FAST", "1").lower() not in ("0", "off", "no", "false")
 _gpu_enabled = os.environ.get("CONVMIXER_TIMM_FAST", "").lower() == "gpu"

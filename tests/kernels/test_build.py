@@ -1,6 +1,7 @@
 """Building, caching and loading the kernels, and what glibc is told."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -98,6 +99,11 @@ def test_what_was_built_needs_no_compiler_any_more(library_file, tmp_path):
     (tmp_path / "convmixer-timm").mkdir()
     (tmp_path / "convmixer-timm" / library_file.name).write_bytes(library_file.read_bytes())
     python(LOADS, XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="Clang is not installed")
+def test_clang_builds_it_too(tmp_path):
+    python(LOADS, XDG_CACHE_HOME=str(tmp_path), CXX="clang++")
 
 
 @needs_compiler

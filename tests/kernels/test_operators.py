@@ -262,7 +262,7 @@ def test_one_value_far_from_the_others(where, gelu):
     for _, mean, var in (act_norm(x, gamma, beta, gelu, 1e-5), spatial_mixing(x, *mixed, False, gelu, 1e-5)):
         exact = a.var((0, 2, 3), correction=0)
         assert ((mean - a.mean((0, 2, 3))).abs() < 1e-6 * exact.sqrt()).all()
-        assert relative(var, exact) < 1e-6
+        assert relative(var, exact) < 2e-6
 
 
 @needs_compiler
