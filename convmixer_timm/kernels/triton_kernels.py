@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.testing import do_bench
 
+from . import build
 from .spatial_mixing import differentiable_grads
 
 __all__ = ["channel_mixing", "spatial_mixing"]
@@ -320,14 +321,15 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 
 def _finish(stats, norm):
-    """Mean and 1 / standard deviation of the tiles' statistics; moves the norm's own."""
-    if norm.num_batches_tracked is not None:
+    """Mean and 1 / standard deviation of the tiles' statistics; moves the norm's, unless a checkpoint recomputes."""
+    again = build.recomputes()
+    if norm.num_batches_tracked is not None and not again:
         norm.num_batches_tracked.add_(1)
     _, channels, tiles = stats.shape
     mean, rstd = stats.new_empty(channels), stats.new_empty(channels)
     _finish_stats[(channels,)](
-        stats, mean, rstd, norm.running_mean, norm.running_var, channels, tiles, norm.momentum, norm.eps,
-        TILES=triton.next_power_of_2(tiles),
+        stats, mean, rstd, norm.running_mean, norm.running_var, channels, tiles,
+        0.0 if again else norm.momentum, norm.eps, TILES=triton.next_power_of_2(tiles),
     )  # fmt: skip
     return mean, rstd
 
