@@ -56,7 +56,7 @@ def test_folder_holds_the_page_and_what_it_needs(folder):
     assert files == SOURCES | {"examples/1.png", "examples/2.png", "examples/3.png"}
     html = (folder / "index.html").read_text(encoding="utf-8")
     assert "<title>What &lt;is&gt; this?</title>" in html
-    assert "0.08 million" in html and "89.17 %" in html and "cifar10" in html
+    assert "0.08 million" in html and "89.82 %" in html and "cifar10" in html
     known = settings(folder)
     assert known["labels"][8] == "ship"
     assert (known["input_size"], known["scale"]) == ([3, 32, 32], [32, 32])
