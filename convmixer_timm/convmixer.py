@@ -213,7 +213,7 @@ class ConvMixer(nn.Module):
         self._set_head(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
         self.global_pool.train(self.training)
         self.head.train(self.training)
-        getattr(self, "pretrained_cfg", {}).pop("label_names", None)
+        _forget_classes(self)
 
     def forward_intermediates(
         self,
@@ -307,6 +307,13 @@ class ConvMixer(nn.Module):
         return fast.as_given(self.forward_head(features), x)  # without pooling, feature maps
 
 
+def _forget_classes(model: nn.Module) -> None:
+    """Takes from a model's description what its registered weights' classes are called, ImageNet's by their tag."""
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    for name in ("label_names", "tag"):
+        cfg.pop(name, None)
+
+
 def _create_convmixer(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> ConvMixer:
     kwargs = {**model_args, **kwargs}  # the caller's word wins over the variant's
     out_indices = kwargs.pop("out_indices", 3)
@@ -320,8 +327,7 @@ def _create_convmixer(variant: str, pretrained: bool, model_args: dict[str, Any]
         **kwargs,
     )
     if not (pretrained or told):  # the classes that it will learn are not those of the registered weights
-        cfg: Any = model.pretrained_cfg
-        cfg.pop("label_names", None)
+        _forget_classes(model)
     return model
 
 

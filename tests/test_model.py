@@ -182,6 +182,9 @@ def test_a_new_classifiers_classes_have_no_names():
     model.reset_classifier(10)
     assert class_names(model) == [str(i) for i in range(10)]
     assert class_names(timm.create_model("convmixer_128_4.e25_cifar10", pretrained=True))[0] == "airplane"
+    assert (
+        class_names(timm.create_model("convmixer_768_32", dim=16, depth=1))[0] == "0"
+    )  # nor an untrained one ImageNet's
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -14,16 +14,25 @@ import torch.nn as nn
 
 from ..files import folder_beside
 from ..images import data_config
-from .class_map import ClassMap
-from .loading import check_labels, check_model, class_names, evaluating, uncompiled
-from .optimize import TOLERANCES, calibration_batches, onnx_program, openvino_model, quantized, quiet, unavailable
+from .class_map import ClassMap, has_class_map
+from .loading import check_finite, check_labels, check_model, class_names, evaluating, uncompiled
+from .optimize import (
+    COMPARED,
+    TOLERANCES,
+    OptimizedModel,
+    calibration_batches,
+    onnx_program,
+    openvino_model,
+    quantized,
+    quiet,
+    unavailable,
+)
 
 __all__ = ["FORMATS", "export"]
 
 # Precisions by format. OpenVINO computes an fp32 file in bf16 when it is asked to, so it needs no other file for that.
 FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "int8"), "torch-export": ("fp32", "bf16")}
 Run = Callable[[torch.Tensor], Any]
-_COMPARED = 32  # calibration images, for int8
 _SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
 
 
@@ -65,6 +74,8 @@ def export(
     """
     check_model(model)
     model = uncompiled(model)
+    if isinstance(model, OptimizedModel):
+        raise ValueError("an optimised model is for this process: export the model that it was made from")
     if odd := {f"{p.dtype} on {p.device}" for p in model.parameters()} - {"torch.float32 on cpu"}:
         raise ValueError(f"a model is written from fp32 on the CPU, and this one is {odd.pop()}: .float().cpu() it")
     target = Path(target).expanduser()
@@ -76,6 +87,8 @@ def export(
         raise ValueError(f"calibration images are for int8, and this is {precision}: leave out one of them")
     if class_map and format != "onnx":
         raise ValueError(f"class maps are written in ONNX, not in {format}")
+    if class_map and not has_class_map(model):
+        raise ValueError("class maps need average pooling before a linear classifier, which this model hasn't got")
     if target.suffix != _SUFFIXES[format]:
         raise ValueError(f"a file of format {format} must end in {_SUFFIXES[format]}, got {target}")
     if labels is not None:
@@ -95,9 +108,9 @@ def export(
         **{key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")},
         "label_names": labels or class_names(model),
     }
-    example = torch.randn(2, *config["input_size"], generator=torch.Generator().manual_seed(0))
-    if not dynamic_batch:
-        example = example[:1]
+    # The file is compared with the model on other images than those that it is made with, whose outputs it could know.
+    shape, generator = (2 if dynamic_batch else 1, *config["input_size"]), torch.Generator().manual_seed(0)
+    example, other = (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for _ in range(2))
     batches: list[torch.Tensor] = []
     if precision == "int8":
         size = tuple(config["input_size"])
@@ -108,7 +121,7 @@ def export(
         write, load = _FORMATS[format]
         write(_Task(network, example, precision, dynamic_batch, batches, metadata), file)
         # int8 is made for real images, and one of them tells little of how far off it is.
-        images = torch.cat(batches)[:_COMPARED] if batches else example
+        images = torch.cat(batches)[:COMPARED] if batches else other
         _compare(network, load(file), images.split(len(images) if dynamic_batch else 1), precision)
         for part in sorted(temporary.iterdir()):  # OpenVINO's .xml last: it needs the .bin
             os.replace(part, target.with_suffix(part.suffix))
@@ -134,6 +147,7 @@ def _compare(model: nn.Module, found: Run, batches: Iterable[torch.Tensor], prec
         if isinstance(model, ClassMap):
             (logits, maps), (expected, _) = logits, expected
             of_maps.append(np.abs(maps.mean((2, 3)) - logits).max())
+        check_finite(expected)
         differences.append((torch.as_tensor(np.asarray(logits)) - expected).abs().max().item())
         largest.append(expected.abs().max().item())
     allowed = TOLERANCES[precision]
@@ -164,7 +178,7 @@ def _onnx(task: _Task, file: Path) -> None:
 def _load_onnx(file: Path) -> Run:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
 
     def run(images: torch.Tensor) -> Any:
         outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..convmixer import ConvMixer
 from .download import download
 
 __all__ = [
+    "check_finite",
     "check_labels",
     "check_model",
     "check_module",
@@ -33,6 +35,9 @@ __all__ = [
 ]
 
 
+_modes = threading.Lock()
+# Models that are being evaluated: which of their layers were in training, and how many times at once.
+_evaluated: dict[nn.Module, tuple[list[nn.Module], Counter[str]]] = {}
 _SOURCES = ("", "hf-hub", "hf_hub", "local-dir", "timm")
 
 
@@ -67,6 +72,14 @@ def check_model(model: Any) -> None:
         )
 
 
+def check_finite(outputs: torch.Tensor) -> None:
+    """Raises ValueError where a model gives something else than numbers: one whose training diverged, say."""
+    if not outputs.isfinite().all():
+        raise ValueError(
+            "the model's outputs are no finite numbers: its weights are damaged, or too large for its type"
+        )
+
+
 def uncompiled(model: Any) -> Any:
     """The model that `torch.compile` wrapped, or the model itself: other engines can't trace what is compiled."""
     return getattr(model, "_orig_mod", model)
@@ -74,14 +87,25 @@ def uncompiled(model: Any) -> Any:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Has a model in evaluation mode for a while; each of its layers gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    """Has a model in evaluation mode for a while; each of its layers gets its own mode back.
+
+    Of several threads that evaluate it at once the last one gives it back.
+    """
+    with _modes:
+        if model not in _evaluated:
+            _evaluated[model] = [module for module in model.modules() if module.training], Counter()
+            model.eval()
+        training, users = _evaluated[model]
+        users["threads"] += 1
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _modes:
+            users["threads"] -= 1
+            if not users["threads"]:
+                del _evaluated[model]
+                for module in training:
+                    module.training = True
 
 
 def split_name(name: str) -> tuple[str, str]:

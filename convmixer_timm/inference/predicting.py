@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..errors import one_line
 from ..images import ImageError, find_images, image_loader
-from .loading import check_model, class_names, evaluating
+from .loading import check_finite, check_model, class_names, evaluating
 
 __all__ = ["predict", "predict_files"]
 
@@ -51,8 +51,8 @@ def predict(
 
     Raises:
         ImageError: If a file can't be read; an OSError of one line that names it.
-        ValueError: If something is no image, the model is no classifier of two classes or more, or `topk` or
-            `batch_size` is less than 1.
+        ValueError: If something is no image, the model is no classifier of two classes or more or gives no
+            finite numbers, or `topk` or `batch_size` is less than 1.
     """
     check_model(model)
     if not all(isinstance(n, numbers.Integral) and n > 0 for n in (topk, batch_size)):
@@ -70,6 +70,7 @@ def predict(
             raise ValueError(
                 f"no classifier: the model gives {list(logits.shape[1:])} an image, for {len(names)} classes"
             )
+        check_finite(logits)
         probabilities, indices = logits.float().softmax(-1).cpu().topk(int(min(topk, len(names))))
         for (image, _), ps, ids in zip(batch, probabilities.tolist(), indices.tolist(), strict=True):
             yield image, [(names[i], p) for i, p in zip(ids, ps, strict=True)]
@@ -103,11 +104,12 @@ def _each(images: Any) -> Iterator[Any]:
 
 def predict_files(
     model: nn.Module, patterns: list[str], topk: int = 5, batch_size: int = 64
-) -> tuple[list[Prediction], int]:
+) -> tuple[Iterator[Prediction], list[Path]]:
     """Classifies what files, folders and globs name, with a progress bar where somebody watches.
 
     Returns:
-        The predictions, and how many files could not be read: of each a line on stderr says why.
+        The predictions as they come, and a list that fills with the files that can't be read: of each a line on stderr
+        says why.
 
     Raises:
         ValueError: If the names match no image.
@@ -115,13 +117,12 @@ def predict_files(
     paths = find_images(patterns)
     if not paths:
         raise ValueError(f"no images found in {' '.join(patterns)}")
-    failed = 0
+    failed: list[Path] = []
 
     def report(path: Path, error: ImageError) -> None:
-        nonlocal failed
-        failed += 1
+        failed.append(path)
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
 
     watched = sys.stderr.isatty() and len(paths) > batch_size
     progress = tqdm(paths, unit="img", disable=not watched)
-    return list(predict(model, progress, topk, batch_size, on_error=report)), failed
+    return predict(model, progress, topk, batch_size, on_error=report), failed

@@ -211,7 +211,7 @@ def _embeds_patches(conv: nn.Conv2d) -> bool:
 
 
 def _convolution(x: Tensor, conv: nn.Module) -> Tensor:
-    if _is_depthwise(conv) and torch.is_grad_enabled() and conv.weight.requires_grad:
+    if torch.is_grad_enabled() and _is_depthwise(conv) and conv.weight.requires_grad:
         return depthwise_conv2d(x, conv.weight, conv.bias)
     return conv(x)
 

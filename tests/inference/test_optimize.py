@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from convmixer_timm import ConvMixer, predict
+from convmixer_timm import ConvMixer, class_names, export, predict
 from convmixer_timm.images import find_images
 from convmixer_timm.inference import optimize as optimize_module
 from convmixer_timm.inference.folding import fold_norms
@@ -291,6 +291,19 @@ def test_a_compiled_model_is_optimised_as_what_it_was_made_from(model, images, m
     assert type(seen[0]) is type(model)
     with pytest.raises(ValueError, match="OptimizedModel can't be optimised: give the model that it was made from"):
         optimize(fast, images, "inductor")
+
+
+def test_another_head_of_the_model_renames_nothing(model, images, monkeypatch):
+    monkeypatch.setattr(optimize_module, "BACKENDS", {"inductor": (lambda network, *args: network, ("fp32",))})
+    other = timm.create_model(NAME, pretrained=True)
+    fast = optimize(other, images, "inductor")
+    other.reset_classifier(3)
+    assert class_names(fast)[0] == "airplane"
+    with pytest.raises(ValueError, match="export the model that it was made from"):
+        export(fast, "never.onnx", "onnx")
+    other.head.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="outputs are no finite numbers"):
+        optimize(other, images, "inductor")
 
 
 def test_calibration_takes_loaders_and_folders(model, images):

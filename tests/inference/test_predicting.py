@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -227,6 +228,23 @@ def test_predicting_leaves_the_model_in_its_mode(model):
     assert next(predict(other, image)) == next(predict(model, image))
     assert [module.training for module in other.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_several_threads_predict_with_a_model_in_training(model):
+    other = timm.create_model("convmixer_128_4.e25_cifar10", pretrained=True).train()
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: list(predict(other, IMAGES, topk=1, batch_size=8)), range(8)))
+    assert found == [list(predict(model, IMAGES, topk=1, batch_size=8))] * 8
+    assert all(module.training for module in other.modules())
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_a_model_that_gives_no_numbers():
+    other = timm.create_model("convmixer_128_4.e25_cifar10", pretrained=True)
+    other.head.bias.data[3] = float("nan")
+    with pytest.raises(ValueError, match="the model's outputs are no finite numbers"):
+        list(predict(other, IMAGES / "cat/0000.png"))
 
 
 def test_predicting_in_bf16(model):
