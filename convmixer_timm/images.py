@@ -230,6 +230,11 @@ def _stated_range(image: Image.Image) -> tuple[float, float] | None:
     return None
 
 
+def _extent(values: np.ndarray, finite: np.ndarray) -> tuple[float, float]:
+    """The least and the greatest of the finite numbers and 0."""
+    return float(values.min(where=finite, initial=0)), float(values.max(where=finite, initial=0))
+
+
 def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None = None) -> np.ndarray:
     """Numbers of any type and range as bytes."""
     if values.dtype == np.uint8:
@@ -247,7 +252,7 @@ def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None = None) -
     if stated is None or not np.isfinite(stated).all() or stated[0] == stated[1]:
         # Floats may reach beyond their range a little, as resampling does.
         tops, slack = ((1, 255, 65535), 1.5) if values.dtype.kind == "f" else ((255, 65535, 2**31 - 1, 2**32 - 1), 1)
-        least, most = float(numbers.min(where=finite, initial=0)), float(numbers.max(where=finite, initial=0))
+        least, most = _extent(numbers, finite)
         top = next((top for top in tops if max(-least, most) <= top * slack), max(-least, most))
         stated = (-top if least < -top / 2 else 0.0, top)
     black, white = stated
@@ -279,7 +284,7 @@ def _check_range(values: np.ndarray) -> None:
     """Raises ValueError for floats that are neither about 0…1, -1…1 nor 0…255: normalised ones would come out black."""
     if values.dtype.kind != "f" or not values.size:
         return
-    least, most = (float(f(values, where=np.isfinite(values), initial=0)) for f in (np.min, np.max))
+    least, most = _extent(values, np.isfinite(values))
     if max(-least, most) > 1.5 and -least > most / 3:
         raise ValueError(
             f"pixels are 0…1 or 0…255, got {least:.3g} to {most:.3g}: give the image before it is normalised"

@@ -36,8 +36,8 @@ __all__ = [
 
 
 _modes = threading.Lock()
-# Models that are being evaluated: which of their layers were in training, and how many times at once.
-_evaluated: dict[nn.Module, tuple[list[nn.Module], Counter[str]]] = {}
+# Models that are being evaluated: how many times at once, and which of their layers were in training before.
+_evaluated: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
 _SOURCES = ("", "hf-hub", "hf_hub", "local-dir", "timm")
 
 
@@ -92,18 +92,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Of several threads that evaluate it at once the last one gives it back.
     """
     with _modes:
-        if model not in _evaluated:
-            _evaluated[model] = [module for module in model.modules() if module.training], Counter()
-            model.eval()
-        training, users = _evaluated[model]
-        users["threads"] += 1
+        users, training = _evaluated.get(model) or (0, [module for module in model.modules() if module.training])
+        _evaluated[model] = users + 1, training
+        model.eval()
     try:
         yield
     finally:
         with _modes:
-            users["threads"] -= 1
-            if not users["threads"]:
-                del _evaluated[model]
+            users, training = _evaluated.pop(model)
+            if users > 1:
+                _evaluated[model] = users - 1, training
+            else:
                 for module in training:
                     module.training = True
 

@@ -366,9 +366,6 @@ struct Gelu<bf16> {
     }
 };
 
-template <class Act>
-constexpr bool EXACT = std::is_same_v<Act, typename Act::Exact>;
-
 // ---- activation, then batch-norm with the batch's own statistics ----
 
 constexpr int64_t CHUNK = 32;  // rows summed in fp32 before they join an fp64 total
@@ -449,8 +446,9 @@ void sum_again(int threads, int64_t rows, int64_t C, const Blocks &which, std::v
 template <class Act>
 Blocks steep_blocks(const float *gamma, const float *var, int64_t C, double eps) {
     Blocks steep(C / LANES);
+    if (std::is_same_v<Act, typename Act::Exact>) return steep;
     for (int64_t c = 0; c < C; c++)
-        if (!EXACT<Act> && std::abs(gamma[c]) / std::sqrt(var[c] + eps) > 16) steep[c / LANES] = true;
+        if (std::abs(gamma[c]) / std::sqrt(var[c] + eps) > 16) steep[c / LANES] = true;
     return steep;
 }
 
@@ -563,8 +561,8 @@ struct InputGrad {
             D[c] = -a * totals[c] / rows;
         }
     }
-    template <class Exactly>
-    f32 at(Exactly act, f32 z, f32 dy, int64_t c) const {
+    template <class Activation>
+    f32 at(Activation act, f32 z, f32 dy, int64_t c) const {
         const Activated a = act.at(z);
         return (load(&A[c]) * dy + load(&B[c]) * (a.value - load(mean + c)) + load(&D[c])) * a.slope;
     }
