@@ -67,8 +67,8 @@ def export(
         The metadata.
 
     Raises:
-        ValueError: If the model is in another precision or place, optimised, or gives no finite numbers or no class maps
-            where they are wanted; format, precision or suffix is none of those, the file is a folder, int8 has no
+        ValueError: If the model is in another precision or place, optimised, or gives no finite numbers or no wanted
+            class maps; format, precision or suffix is none of those, the file is a folder, int8 has no
             calibration images or another precision has some, or the labels don't fit.
         RuntimeError: If a needed package is missing, or the file's outputs differ from the model's by more than
             `convmixer_timm.inference.optimize.TOLERANCES`.
