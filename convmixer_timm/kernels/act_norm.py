@@ -1,9 +1,9 @@
-"""Activation and batch-norm as one operation, for training on CPUs.
+"""Activation and batch-norm as one operation, on CPUs.
 
 ConvMixer normalises after every activation, so a training step spends much of its time in GELU and BatchNorm: in
 PyTorch five passes over memory forwards and as many backwards, each rounding to the activations' type and each keeping
 a tensor for the gradient. ``kernels.cpp`` does it in two passes each way, in fp32 between load and store, and keeps
-the convolution's output only.
+the convolution's output only. In evaluation one pass stands for two, or three with a residual.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import operators
 
-__all__ = ["act_norm"]
+__all__ = ["act_norm", "act_norm_inference"]
 
 
 def act_norm(
@@ -35,6 +35,20 @@ def act_norm(
     return y, mean, var
 
 
+def act_norm_inference(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gelu: bool,
+    eps: float,
+    shortcut: Tensor | None = None,
+) -> Tensor:
+    """The same by a mean [C] and a variance [C], in fp32, that are given: a norm's running ones."""
+    return operators.act_norm_inference(x, shortcut, gamma, beta, mean, var, gelu, eps)
+
+
 def _setup_context(ctx, inputs, output):
     x, shortcut, gamma, _, ctx.gelu, ctx.eps = inputs
     _, mean, var = output
@@ -50,12 +64,34 @@ def _backward(ctx, grad, *_):
     x, gamma, mean, var = ctx.saved_tensors
     shortcut_grad = grad if ctx.has_shortcut else None
     if torch.is_grad_enabled():  # create_graph=True: PyTorch's operations are themselves differentiable
-        x, gamma, beta = (t if t.requires_grad else t.detach().requires_grad_() for t in (x, gamma, gamma.detach() * 0))
-        y = F.batch_norm(F.gelu(x) if ctx.gelu else F.relu(x), None, None, gamma, beta, training=True, eps=ctx.eps)
-        x_grad, gamma_grad, beta_grad = torch.autograd.grad(y, (x, gamma, beta), grad, create_graph=True)
+        x_grad, gamma_grad, beta_grad = _pytorch_grads(ctx, x, gamma, grad, None, None)
         return x_grad, shortcut_grad, gamma_grad, beta_grad, None, None
     x_grad, gamma_grad, beta_grad = operators.act_norm_backward(x, grad, gamma, mean, var, ctx.gelu, ctx.eps)
     return x_grad, shortcut_grad, gamma_grad, beta_grad, None, None
 
 
+def _setup_inference_context(ctx, inputs, output):
+    x, shortcut, gamma, _, mean, var, ctx.gelu, ctx.eps = inputs
+    ctx.has_shortcut = shortcut is not None
+    ctx.save_for_backward(x, gamma, mean, var)
+
+
+def _inference_backward(ctx, grad):
+    x, gamma, mean, var = ctx.saved_tensors
+    x_grad, gamma_grad, beta_grad = _pytorch_grads(ctx, x, gamma, grad, mean, var)
+    return x_grad, grad if ctx.has_shortcut else None, gamma_grad, beta_grad, None, None, None, None
+
+
+def _pytorch_grads(ctx, x, gamma, grad, mean, var):
+    """Gradients for `x`, `gamma` and beta by PyTorch's operations, which are themselves differentiable; by the batch's
+    own statistics where there are no others."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x, gamma, beta = (t if t.requires_grad else t.detach().requires_grad_() for t in (x, gamma, gamma.detach() * 0))
+        a = F.gelu(x) if ctx.gelu else F.relu(x)
+        y = F.batch_norm(a, mean, var, gamma, beta, training=mean is None, eps=ctx.eps)
+        return torch.autograd.grad(y, (x, gamma, beta), grad, create_graph=create_graph)
+
+
 operators.act_norm.register_autograd(_backward, setup_context=_setup_context)
+operators.act_norm_inference.register_autograd(_inference_backward, setup_context=_setup_inference_context)

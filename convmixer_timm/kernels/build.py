@@ -1,7 +1,7 @@
 """Builds ``kernels.cpp`` with the machine's C++ compiler at first use and loads it.
 
-Nothing is built at import or for inference. Where there is no compiler (or no OpenMP), `available` says no and the
-layers take PyTorch's own operations.
+Nothing is built at import, nor for the evaluation of a few images. Where there is no compiler (or no OpenMP),
+`available` says no and the layers take PyTorch's own operations.
 """
 
 import contextlib
@@ -94,20 +94,28 @@ def _is_whole(path: Path) -> bool:
     return hashlib.sha256(content[:-_SUM]).digest() == content[-_SUM:]
 
 
+def _name() -> str:
+    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), os.environ.get("CXX", ""), _machine(), *_FLAGS])
+    return f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+
+
+@functools.cache
+def _was_built() -> bool:
+    """Whether the library stood in the cache when this was first asked."""
+    return _is_whole(cache_dir() / _name())
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they can't be built (the reason is logged, once)."""
     if not sys.platform.startswith("linux"):  # nothing that the user could do about it
-        _logger.info("ConvMixer trains with PyTorch's own operations: the fast kernels are for Linux.")
+        _logger.info("ConvMixer runs by PyTorch's own operations: the fast kernels are for Linux.")
         return None
-    chosen = os.environ.get("CXX", "")
-    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), chosen, _machine(), *_FLAGS])
-    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    compiler = chosen or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
+    name = _name()
+    compiler = os.environ.get("CXX", "") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
     if not compiler and not _is_whole(cache_dir() / name):
         _logger.warning(
-            "No C++ compiler found: ConvMixer trains slowly, with PyTorch's own operations. "
-            "Install g++ or name one in CXX."
+            "No C++ compiler found: ConvMixer runs slowly, by PyTorch's own operations. Install g++ or name one in CXX."
         )
         return None
     try:
@@ -118,7 +126,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         _logger.warning(
-            "The fast kernels could not be built, ConvMixer trains slowly, without them. Install g++ with OpenMP, or "
+            "The fast kernels could not be built, ConvMixer runs slowly, without them. Install g++ with OpenMP, or "
             "name a compiler in CXX. %s said: %s",
             compiler,
             reason.strip(),
@@ -141,9 +149,10 @@ def _load(path: Path, compiler: str) -> ctypes.CDLL:
 
 
 @torch.compiler.assume_constant_result
-def available() -> bool:
-    """Whether the kernels are there; builds them at the first call."""
-    return library() is not None
+def available(build: bool = True) -> bool:
+    """Whether the kernels are there; builds them, if wanted, at the first call that wants it."""
+    wanted = build or library.cache_info().currsize > 0 or _was_built()
+    return wanted and library() is not None
 
 
 def require() -> ctypes.CDLL:

@@ -18,14 +18,17 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import build, gpu, memory, operators
-from .act_norm import act_norm
+from .act_norm import act_norm, act_norm_inference
 from .depthwise import depthwise_conv2d
-from .spatial_mixing import spatial_mixing
+from .spatial_mixing import spatial_mixing, spatial_mixing_inference
 
 __all__ = ["Block", "ConvActNorm", "GlobalPool", "Residual", "as_given", "untouched"]
 
 # timm's GELU is always the exact one; a user's own subclass may compute anything.
 _GELUS = (nn.GELU, get_act_layer("gelu"))
+
+# Values in a feature map whose evaluation is worth the seconds of building the kernels; fewer take what there is.
+_LARGE = 1 << 20
 
 
 class _Layer(nn.Module):
@@ -154,25 +157,20 @@ def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, 
         if (y := _on_gpu(x, conv, act, norm, residual)) is not None:
             return y
         z = conv(x)
-    elif not _fuses(norm, act) or not build.available():
+    elif not _fuses(norm, act):
         z = _convolution(x, conv)
-    elif _mixes(conv, x):
-        assert conv.bias is not None  # `_mixes`
-        y, mean, var = spatial_mixing(
-            x,
-            conv.weight.float(),
-            conv.bias.float(),
-            norm.weight.float(),
-            norm.bias.float(),
-            residual,
-            _is_gelu(act),
-            norm.eps,
-        )
+    elif _mixes(conv, x, norm) and _available(x, norm):
+        weights = *_parameters(conv), *_parameters(norm)
+        if not norm.training:
+            return spatial_mixing_inference(x, *weights, *_running_stats(norm), residual, _is_gelu(act), norm.eps)
+        y, mean, var = spatial_mixing(x, *weights, residual, _is_gelu(act), norm.eps)
         _move_running_stats(norm, mean, var, x.numel() // x.shape[1])
         return y
-    elif _takes(z := _convolution(x, conv)):
+    elif _takes(z := _convolution(x, conv)) and _available(z, norm):
         shortcut = x.to(z.dtype) if residual else None
-        y, mean, var = act_norm(z, norm.weight.float(), norm.bias.float(), _is_gelu(act), norm.eps, shortcut)
+        if not norm.training:
+            return act_norm_inference(z, *_parameters(norm), *_running_stats(norm), _is_gelu(act), norm.eps, shortcut)
+        y, mean, var = act_norm(z, *_parameters(norm), _is_gelu(act), norm.eps, shortcut)
         _move_running_stats(norm, mean, var, z.numel() // z.shape[1])
         return y
     z = act(z)  # each result frees the one before
@@ -182,7 +180,7 @@ def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, 
 
 def _on_gpu(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, residual: bool) -> Tensor | None:
     """The same by a GPU's kernels; None where they don't do it."""
-    if not _fuses(norm, act) or type(conv) is not nn.Conv2d or conv.bias is None:
+    if not _fuses(norm, act) or not norm.training or type(conv) is not nn.Conv2d or conv.bias is None:
         return None
     if not conv.weight.dtype == norm.weight.dtype == torch.float32 or not _plain(conv.weight) or not untouched(conv):
         return None
@@ -227,20 +225,41 @@ def _is_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def _mixes(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
-    """Whether `spatial_mixing` may stand for the convolution: one that trains and would compute in the type of `x`."""
-    if not _is_depthwise(conv) or conv.bias is None or not _takes(x) or not conv.weight.requires_grad:
+def _available(x: Tensor, norm: nn.BatchNorm2d) -> bool:
+    """Whether the kernels are there for features `x`; a training or a large evaluation has them built."""
+    return build.available(build=norm.training or x.numel() >= _LARGE)
+
+
+def _parameters(module: nn.Conv2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert module.bias is not None  # `_mixes`, `_fuses`
+    return module.weight.float(), module.bias.float()
+
+
+def _running_stats(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None and norm.running_var is not None  # `_fuses`
+    return norm.running_mean.float(), norm.running_var.float()
+
+
+def _mixes(conv: nn.Module, x: Tensor, norm: nn.BatchNorm2d) -> TypeGuard[nn.Conv2d]:
+    """Whether `spatial_mixing` may stand for the convolution: one that would compute in the type of `x`, and that
+    trains, or is evaluated for no gradient."""
+    if not _is_depthwise(conv) or conv.bias is None or not _takes(x):
+        return False
+    if norm.training:
+        if not conv.weight.requires_grad:
+            return False
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, conv.weight, conv.bias, norm.weight, norm.bias)):
         return False
     autocast = torch.is_autocast_enabled("cpu")
     return x.dtype == (torch.get_autocast_dtype("cpu") if autocast else conv.weight.dtype)
 
 
 def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether `act_norm` may stand for ``norm(act(x))``: a BatchNorm2d in training, and exact GELU or ReLU."""
+    """Whether `act_norm` may stand for ``norm(act(x))``: a BatchNorm2d, in training or in evaluation that isn't
+    compiled, and exact GELU or ReLU."""
     return (
-        torch.is_grad_enabled()
-        and type(norm) is nn.BatchNorm2d
-        and norm.training
+        type(norm) is nn.BatchNorm2d
+        and (torch.is_grad_enabled() if norm.training else not torch.compiler.is_compiling())
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None

@@ -499,13 +499,27 @@ void statistics(int threads, std::vector<double> totals, std::vector<float> pivo
 
 // y = gamma (a - mean) / sqrt(var + eps) + beta [+ shortcut] with a = act(z).
 template <class T, class Act>
+struct Normalised {
+    std::vector<float> scale;
+    Blocks steep;
+    const float *beta, *mean;
+
+    Normalised(const float *gamma, const float *beta, const float *mean, const float *var, int64_t C, double eps)
+        : scale(C), steep(steep_blocks<Act>(gamma, var, C, eps)), beta(beta), mean(mean) {
+        for (int64_t c = 0; c < C; c++) scale[c] = gamma[c] / std::sqrt(var[c] + eps);
+    }
+    template <class Activation>
+    f32 at(Activation act, f32 z, int64_t c) const {
+        return (act.at(z).value - load(mean + c)) * load(&scale[c]) + load(beta + c);
+    }
+};
+
+template <class T, class Act>
 void normalise(int threads, const T *z, const T *shortcut, const float *gamma, const float *beta, T *y, const float *mean,
                const float *var, int64_t rows, int64_t C, double eps) {
-    std::vector<float> scale(C);
-    for (int64_t c = 0; c < C; c++) scale[c] = gamma[c] / std::sqrt(var[c] + eps);
-    const Blocks steep = steep_blocks<Act>(gamma, var, C, eps);
-    everywhere<Act>(threads, rows, C, steep, [&](auto act, int64_t i, int64_t c) {
-        f32 v = (act.at(load(z + i)).value - load(mean + c)) * load(&scale[c]) + load(beta + c);
+    const Normalised<T, Act> norm(gamma, beta, mean, var, C, eps);
+    everywhere<Act>(threads, rows, C, norm.steep, [&](auto act, int64_t i, int64_t c) {
+        f32 v = norm.at(act, load(z + i), c);
         if (shortcut) v += load(shortcut + i);
         store(y + i, v);
     });
@@ -609,6 +623,17 @@ std::vector<float> sampled(const T *x, const float *bias, Vectors &filters, cons
     return out;
 }
 
+// z_tile = bias + the convolution of block b of image n, which is left in x_tile.
+template <class T>
+void convolve(Tile &x_tile, Tile &z_tile, const T *x, const float *bias, Vectors &filters, const Shape &s, int64_t n, int64_t b) {
+    for (int64_t h = 0; h < s.H; h++)
+        for (int64_t w = 0; w < s.W; w++) {
+            store(x_tile.at(h, w), load(x + s.index(n, b, h, w)));
+            store(z_tile.at(h, w), load(bias + b * LANES));
+        }
+    all_taps<Convolution>(s, x_tile.start, x_tile.width, z_tile.inside, z_tile.width, (float *)&filters[b * s.taps()]);
+}
+
 template <class T, class Act>
 void mixing_forward(int threads, const T *x, const float *weight, const float *bias, const float *gamma, const float *beta,
                     bool residual, T *y, T *z, float *mean, float *var, const Shape s, double eps) {
@@ -628,13 +653,7 @@ void mixing_forward(int threads, const T *x, const float *weight, const float *b
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t b = 0; b < s.blocks(); b++) {
                 const int64_t c = b * LANES;
-                for (int64_t h = 0; h < s.H; h++)
-                    for (int64_t w = 0; w < s.W; w++) {
-                        store(x_tile.at(h, w), load(x + s.index(n, b, h, w)));
-                        store(z_tile.at(h, w), load(bias + c));
-                    }
-                all_taps<Convolution>(s, x_tile.start, x_tile.width, z_tile.inside, z_tile.width,
-                                      (float *)&filters[b * s.taps()]);
+                convolve(x_tile, z_tile, x, bias, filters, s, n, b);
                 for (int64_t h = 0; h < s.H; h++) {
                     f32 first = {}, second = {};
                     for (int64_t w = 0; w < s.W; w++) {
@@ -655,6 +674,39 @@ void mixing_forward(int threads, const T *x, const float *weight, const float *b
     const int64_t rows = s.N * s.H * s.W;
     statistics<T, Act>(threads, totals.joined(), pivot, z, gamma, mean, var, rows, s.C, eps);
     normalise<T, Act>(threads, z, residual ? x : nullptr, gamma, beta, y, mean, var, rows, s.C, eps);
+}
+
+// The same with running statistics: what a convolution made is normalised before it leaves its tile.
+template <class T, class Act>
+void mixing_inference(int threads, const T *x, const float *weight, const float *bias, const float *gamma, const float *beta,
+                      const float *mean, const float *var, bool residual, T *y, const Shape s, double eps) {
+    Vectors filters = by_block(weight, s, false);
+    const Normalised<T, Act> norm(gamma, beta, mean, var, s.C, eps);
+    struct Mine {
+        Tile x_tile, z_tile;
+    };
+    Scratch scratch;
+#pragma omp parallel num_threads(threads)
+    if (auto mine = scratch.make([&] { return Mine{Tile(s, s.K, (s.K - 1) / 2), Tile(s, 1, 0)}; })) {
+        Tile &x_tile = mine->x_tile, &z_tile = mine->z_tile;
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t n = 0; n < s.N; n++)
+            for (int64_t b = 0; b < s.blocks(); b++) {
+                const int64_t c = b * LANES;
+                convolve(x_tile, z_tile, x, bias, filters, s, n, b);
+                auto write = [&](auto act) {
+                    for (int64_t h = 0; h < s.H; h++)
+                        for (int64_t w = 0; w < s.W; w++) {
+                            f32 v = norm.at(act, load(z_tile.at(h, w)), c);
+                            if (residual) v += load(x_tile.at(h, w));
+                            store(y + s.index(n, b, h, w), v);
+                        }
+                };
+                if (norm.steep[b]) write(typename Act::Exact());
+                else write(Act());
+            }
+    }
+    scratch.check();
 }
 
 // dx, or dw and db, may be null: nobody needs them.
@@ -747,6 +799,12 @@ bool act_norm(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H,
     FOR_TYPE((forward<T, Act>(threads, (const T *)z, (const T *)shortcut, gamma, beta, (T *)y, mean, var, N * H * W, C, eps)))
 }
 
+bool act_norm_inference(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *z,
+                        const void *shortcut, const float *gamma, const float *beta, const float *mean, const float *var,
+                        int64_t gelu, double eps, void *y) {
+    FOR_TYPE((normalise<T, Act>(threads, (const T *)z, (const T *)shortcut, gamma, beta, (T *)y, mean, var, N * H * W, C, eps)))
+}
+
 bool act_norm_backward(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *z,
                        const void *dy, const float *gamma, const float *mean, const float *var, int64_t gelu, double eps,
                        void *dz, float *dgamma, float *dbeta) {
@@ -758,6 +816,14 @@ bool spatial_mixing(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int6
                     int64_t residual, int64_t gelu, double eps, void *y, void *z, float *mean, float *var) {
     const Shape s{N, C, H, W, K};
     FOR_TYPE((mixing_forward<T, Act>(threads, (const T *)x, weight, bias, gamma, beta, residual, (T *)y, (T *)z, mean, var, s, eps)))
+}
+
+bool spatial_mixing_inference(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
+                              const float *weight, const float *bias, const float *gamma, const float *beta,
+                              const float *mean, const float *var, int64_t K, int64_t residual, int64_t gelu, double eps,
+                              void *y) {
+    const Shape s{N, C, H, W, K};
+    FOR_TYPE((mixing_inference<T, Act>(threads, (const T *)x, weight, bias, gamma, beta, mean, var, residual, (T *)y, s, eps)))
 }
 
 bool spatial_mixing_backward(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,

@@ -22,9 +22,11 @@ from . import build
 __all__ = [
     "act_norm",
     "act_norm_backward",
+    "act_norm_inference",
     "depthwise_weight_grad",
     "spatial_mixing",
     "spatial_mixing_backward",
+    "spatial_mixing_inference",
     "takes",
 ]
 
@@ -34,7 +36,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 def _operator(results: Callable) -> torch.library.CustomOpDef:
     """Registers the kernel of the same name with the signature of `results`, which checks the arguments (the first is a
-    feature map) and makes the tensors that the kernel writes."""
+    feature map) and makes the tensor or tensors that the kernel writes."""
     name = results.__name__
     needed = [p.name if p.annotation is Tensor else "" for p in inspect.signature(results).parameters.values()]
 
@@ -47,7 +49,11 @@ def _operator(results: Callable) -> torch.library.CustomOpDef:
 
     def kernel(x, *arguments):
         out = checked(x, *arguments)
-        keep = [x, *arguments, *out]  # copies in the right layout live until the kernel is done
+        keep = [
+            x,
+            *arguments,
+            *((out,) if isinstance(out, Tensor) else out),
+        ]  # copies in the right layout live until the kernel is done
         keep = [_laid_out(a, x) if isinstance(a, Tensor) else a for a in keep]
         function = getattr(build.require(), name)
         function.restype = ctypes.c_bool
@@ -144,6 +150,23 @@ def act_norm(
 
 
 @_operator
+def act_norm_inference(
+    x: Tensor,
+    shortcut: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gelu: bool,
+    eps: float,
+) -> Tensor:
+    """The feature map of `act_norm` by `mean` and `var` instead of the batch's own."""
+    _check_maps(x, shortcut)
+    _check_parameters(x, (x.shape[1],), gamma, beta, mean, var)
+    return _map(x)
+
+
+@_operator
 def act_norm_backward(
     x: Tensor, grad: Tensor, gamma: Tensor, mean: Tensor, var: Tensor, gelu: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,6 +199,28 @@ def spatial_mixing(
     _check_parameters(x, (channels, 1, kernel_size, kernel_size), weight)
     _check_parameters(x, (channels,), bias, gamma, beta)
     return _map(x), _map(x), _fp32(x, channels), _fp32(x, channels)
+
+
+@_operator
+def spatial_mixing_inference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    kernel_size: int,
+    residual: bool,
+    gelu: bool,
+    eps: float,
+) -> Tensor:
+    """The feature map of `spatial_mixing` by `mean` and `var` instead of the batch's own."""
+    _check_maps(x)
+    channels = x.shape[1]
+    _check_parameters(x, (channels, 1, kernel_size, kernel_size), weight)
+    _check_parameters(x, (channels,), bias, gamma, beta, mean, var)
+    return _map(x)
 
 
 @_operator
@@ -221,7 +266,7 @@ def _(x_shape, grad_shape, kernel_size, *args, out_shape=None, **kwargs) -> int:
     return _convolution_flops(x_shape, kernel_size)
 
 
-@register_flop_formula(torch.ops.convmixer_timm.spatial_mixing)
+@register_flop_formula([torch.ops.convmixer_timm.spatial_mixing, torch.ops.convmixer_timm.spatial_mixing_inference])
 def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return _convolution_flops(x_shape, weight_shape[-1])
 

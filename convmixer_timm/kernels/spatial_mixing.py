@@ -1,7 +1,8 @@
-"""ConvMixer's spatial mixing as one operation, for training on CPUs.
+"""ConvMixer's spatial mixing as one operation, on CPUs.
 
 Depthwise convolution, activation, batch-norm and the residual around them: ``kernels.cpp`` takes the norm's statistics
-while it convolves, and backwards never writes the gradient of the convolution's output to memory.
+while it convolves, and backwards never writes the gradient of the convolution's output to memory. In evaluation the
+convolution's output isn't written either.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from . import build, operators
 
-__all__ = ["differentiable_grads", "spatial_mixing"]
+__all__ = ["differentiable_grads", "spatial_mixing", "spatial_mixing_inference"]
 
 
 def spatial_mixing(
@@ -34,6 +35,24 @@ def spatial_mixing(
     """
     y, _, mean, var = operators.spatial_mixing(x, weight, bias, gamma, beta, weight.shape[-1], residual, gelu, eps)
     return y, mean, var
+
+
+def spatial_mixing_inference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    residual: bool,
+    gelu: bool,
+    eps: float,
+) -> Tensor:
+    """The same by a mean [C] and a variance [C], in fp32, that are given: a norm's running ones. It has no gradient."""
+    return operators.spatial_mixing_inference(
+        x, weight, bias, gamma, beta, mean, var, weight.shape[-1], residual, gelu, eps
+    )
 
 
 def _setup_context(ctx, inputs, output):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 from convmixer_timm import ConvMixer, set_fast_training
-from convmixer_timm.kernels import fast
+from convmixer_timm.kernels import build, fast
 
 from .helpers import needs_compiler, relative
 
@@ -27,7 +27,13 @@ def small_model(cls=ConvMixer, **kwargs):
 def calls(monkeypatch):
     """How often the layers ran on the fused kernels and on the depthwise weight gradient: a list of names."""
     names = []
-    for name in ("act_norm", "spatial_mixing", "depthwise_conv2d"):
+    for name in (
+        "act_norm",
+        "act_norm_inference",
+        "spatial_mixing",
+        "spatial_mixing_inference",
+        "depthwise_conv2d",
+    ):
         function = getattr(fast, name)
 
         def counted(*args, _name=name, _function=function):
@@ -150,11 +156,81 @@ def test_fp32_outputs_and_gradients_are_timms():
     assert relative(ours(x), theirs(x)) < 1e-6
 
 
+def evaluated(cls=ConvMixer, **kwargs):
+    """A model whose norms' statistics, of no training, are not those that it was made with."""
+    model = small_model(cls, **kwargs).eval()
+    torch.manual_seed(2)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(torch.randn(32) / 4)
+            module.running_var.copy_(torch.rand(32) + 0.1)
+    return model
+
+
+@needs_compiler
+@pytest.mark.parametrize("act_layer", [nn.GELU, nn.ReLU])
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+@pytest.mark.parametrize("gradients", ["off", "frozen", "on"])
+def test_an_evaluation_runs_on_the_kernels(calls, act_layer, precision, gradients):
+    models = [evaluated(cls, act_layer=act_layer) for cls in (ConvMixer, TimmConvMixer, TimmConvMixer)]
+    x = torch.randn(4, 3, 16, 16)
+    if precision == "bf16":
+        models[:2], x = [m.bfloat16() for m in models[:2]], x.bfloat16()
+    with torch.set_grad_enabled(gradients != "off"), torch.autocast("cpu", torch.bfloat16, precision == "autocast"):
+        ours, theirs = (m.requires_grad_(gradients == "on")(x) for m in models[:2])
+    exact = models[2].double()(x.double())
+    assert ours.dtype == theirs.dtype and ours.requires_grad == (gradients == "on")
+    assert relative(ours, exact) < (1e-6 if precision == "fp32" else 1.2 * relative(theirs, exact))
+    spatial = ["depthwise_conv2d", "act_norm_inference"] if gradients == "on" else ["spatial_mixing_inference"]
+    assert calls == ["act_norm_inference", *[*spatial, "act_norm_inference"] * 2]
+
+
+@needs_compiler
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_of_an_evaluation_are_timms(autocast):
+    """Fine-tuning with frozen norms, and what looks for the pixels that matter."""
+    found = []
+    for model in (evaluated(), evaluated(TimmConvMixer), evaluated(TimmConvMixer).double()):
+        x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(model.head.weight.dtype)
+        x.requires_grad_()
+        train_step(model, x, autocast and x.dtype == torch.float32)
+        found.append([x.grad, *(p.grad for p in model.parameters())])
+    for ours, theirs, exact in zip(*found, strict=True):
+        assert relative(ours, exact) < (0.03 if autocast else max(1e-5, 2 * relative(theirs, exact)))
+
+
+@needs_compiler
+def test_the_evaluation_of_a_few_images_builds_nothing(calls, monkeypatch, tmp_path):
+    """Building takes seconds; what is there is taken."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fast, "_LARGE", 8 * 32 * 8 * 8)
+    model = evaluated()
+    for cached in (build.library, build._was_built):
+        cached.cache_clear()
+    try:
+        for images, built in ((7, False), (8, True), (7, True)):
+            calls.clear()
+            with torch.no_grad():
+                model(torch.randn(images, 3, 16, 16))
+            assert bool(calls) == built == any(tmp_path.rglob("*.so"))
+        for cached in (build.library, build._was_built):  # as in the next process
+            cached.cache_clear()
+        calls.clear()
+        with torch.no_grad():
+            model(torch.randn(1, 3, 16, 16))
+        assert calls
+    finally:
+        build.library.cache_clear()
+        build._was_built.cache_clear()
+
+
 def test_one_switch_turns_it_off(calls):
     model, x = small_model(), torch.randn(2, 3, 16, 16)
     try:
         set_fast_training(False)
         train_step(model, x)
+        model.eval()(x)
+        model.train()
         assert not model.stem(x).is_contiguous(memory_format=torch.channels_last)
     finally:
         set_fast_training(True)
@@ -211,7 +287,10 @@ def test_fake_tensors_tracers_and_flop_counters_see_operators(autocast):
         with FlopCounterMode(display=False) as counter:
             train_step(model, x, autocast)
         flops.append(counter.get_total_flops())
-    assert flops[0] == flops[1] > 0
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.eval()(x)
+        flops.append(counter.get_total_flops())
+    assert flops[:2] == flops[2:] and flops[0] > 2 * flops[1] > 0
 
     model, traced = small_model(), small_model()
 

@@ -9,9 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from convmixer_timm.kernels import depthwise, operators
-from convmixer_timm.kernels.act_norm import act_norm
+from convmixer_timm.kernels.act_norm import act_norm, act_norm_inference
 from convmixer_timm.kernels.depthwise import depthwise_conv2d
-from convmixer_timm.kernels.spatial_mixing import spatial_mixing
+from convmixer_timm.kernels.spatial_mixing import spatial_mixing, spatial_mixing_inference
 
 from .helpers import channels_last, needs_compiler, relative
 
@@ -133,15 +133,15 @@ def parameters(kernel_size=5):
     )
 
 
-def plain_act_norm(x, shortcut, gamma, beta, gelu):
+def plain_act_norm(x, shortcut, gamma, beta, gelu, mean=None, var=None):
     y = F.gelu(x) if gelu else F.relu(x)
-    y = F.batch_norm(y, None, None, gamma, beta, training=True)
+    y = F.batch_norm(y, mean, var, gamma, beta, training=mean is None)
     return y if shortcut is None else y + shortcut
 
 
-def plain_mixing(x, weight, bias, gamma, beta, residual, gelu):
+def plain_mixing(x, weight, bias, gamma, beta, residual, gelu, *stats):
     z = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding="same", groups=32)
-    return plain_act_norm(z, x if residual else None, gamma, beta, gelu)
+    return plain_act_norm(z, x if residual else None, gamma, beta, gelu, *stats)
 
 
 def with_gradients(fn, tensors, grad):
@@ -190,6 +190,42 @@ def test_mixing_is_as_near_fp64_as_pytorchs(dtype, kernel_size, shape, residual,
         (x, *parameters(kernel_size)),
         grad,
     )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize("with_shortcut", [False, True])
+@pytest.mark.parametrize("shape", [(1, 32, 1, 1), (3, 32, 7, 5), (16, 32, 16, 16)])
+def test_act_norm_by_given_statistics(dtype, gelu, with_shortcut, shape):
+    torch.manual_seed(0)
+    x, shortcut, grad = (channels_last(*shape, dtype=dtype) * 2 for _ in range(3))
+    _, mean, gamma, beta = parameters()
+    var = torch.rand(32) + 0.1
+    var[:3] = 1e-6  # by so little that bf16's GELU isn't right enough
+    assert_as_near_fp64_as_pytorchs(
+        lambda *t: act_norm_inference(t[0], t[2], t[3], mean, var, gelu, 1e-5, t[1]),
+        lambda *t: plain_act_norm(*t, gelu, *(s.to(t[2].dtype) for s in (mean, var))),
+        (x, shortcut if with_shortcut else None, gamma, beta),
+        grad,
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel_size", [2, 3, 4, 5, 7, 8, 9, 10, 17])
+@pytest.mark.parametrize("shape", [(1, 32, 7, 11), (8, 32, 16, 16)])
+@pytest.mark.parametrize("residual, gelu", [(True, True), (False, False), (True, False)])
+def test_mixing_by_given_statistics(dtype, kernel_size, shape, residual, gelu):
+    torch.manual_seed(0)
+    x, tensors, mean, var = channels_last(*shape, dtype=dtype), parameters(kernel_size), torch.randn(32), torch.rand(32)
+    got = spatial_mixing_inference(x, *tensors, mean, var, residual, gelu, 1e-5)
+    theirs, exact = (
+        plain_mixing(x.to(t), *(p.to(u) for p in tensors), residual, gelu, mean.to(u), var.to(u))
+        for t, u in ((dtype, torch.float32), (torch.float64, torch.float64))
+    )
+    assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+    assert relative(got, exact) <= max(relative(theirs, exact), 1e-6)
 
 
 @needs_compiler
@@ -341,6 +377,11 @@ def test_second_derivatives(frozen):
             lambda x, g, b: plain_act_norm(x, None, g, b, True),
             (x, gamma, beta),
         ),
+        (
+            lambda x, g, b: act_norm_inference(x, g, b, bias, gamma, True, 1e-5),
+            lambda x, g, b: plain_act_norm(x, None, g, b, True, bias, gamma),
+            (x, gamma, beta),
+        ),
     ):
         results = []
         for fn in (fast, plain):
@@ -382,7 +423,12 @@ def examples():
         yield operators.act_norm, (trained[0], None, *trained[3:], True, 1e-5)
         yield operators.act_norm, (trained[0], z.clone().requires_grad_(), *trained[3:], False, 1e-5)
         yield operators.act_norm_backward, (x, grad, gamma, mean, var, True, 1e-5)
+        yield (
+            operators.act_norm_inference,
+            (trained[0], z.clone().requires_grad_(), *trained[3:], mean, var, True, 1e-5),
+        )
         yield operators.spatial_mixing, (*trained, 3, True, True, 1e-5)
+        yield operators.spatial_mixing_inference, (x, weight, bias, gamma, beta, mean, var, 3, True, True, 1e-5)
         for asked in ((True, True), (True, False), (False, True)):
             yield operators.spatial_mixing_backward, (x, z, grad, weight, gamma, mean, var, 3, True, True, 1e-5, *asked)
 
@@ -445,7 +491,8 @@ def test_the_same_call_gives_the_same_bits(threads):
     torch.set_num_threads(threads)
     try:
         for operator, arguments in examples():
-            first, *others = (operator(*arguments) for _ in range(4))
+            results = [operator(*arguments) for _ in range(4)]
+            first, *others = ([r] if isinstance(r, torch.Tensor) else r for r in results)
             assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
     finally:
         torch.set_num_threads(before)
