@@ -24,17 +24,15 @@ from pathlib import Path
 import torch
 from train_step import append_rows, build, machine
 
-# What is timed. 'timm' is its class in fp32, channels first; 'optimize' is this package's one call.
-SETTINGS = ("timm", "channels-last", "inductor", "openvino", "onnxruntime", "optimize")
+# What is timed. 'timm' is its class as it comes, 'eager' this package's, 'optimize' its one call.
+SETTINGS = ("timm", "eager", "inductor", "openvino", "onnxruntime", "optimize")
 PRECISIONS = ("fp32", "bf16", "int8")
 
 
 def runnable(setting: str, precision: str) -> bool:
     from convmixer_timm.inference.optimize import BACKENDS, unavailable
 
-    if setting == "timm":
-        return precision == "fp32"
-    if setting == "channels-last":
+    if setting in ("timm", "eager"):
         return precision == "fp32" or (precision == "bf16" and unavailable("inductor", "bf16") is None)
     if setting == "optimize":
         return any(unavailable(name, precision) is None for name in BACKENDS)
@@ -60,17 +58,14 @@ def prepare(args, setting: str, precision: str):
     with torch.inference_mode():
         expected = model(images)
     label = setting
-    if setting == "timm":
-        theirs = build("timm", args.model).eval()
-        theirs.load_state_dict(model.state_dict())
-        run = torch.inference_mode()(theirs)
-    elif setting == "channels-last":
-        model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
+    if setting in ("timm", "eager"):
+        network = model if setting == "eager" else build("timm", args.model).eval()
+        network.load_state_dict(model.state_dict())
 
         @torch.inference_mode()
         def run(x):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                return model(x).float()
+                return network(x).float()
     elif setting == "optimize":
         inference._remembered = lambda key: None  # what is measured includes the choice
         run = optimize(model, images, precision=precision, calibration=batches)

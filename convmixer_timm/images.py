@@ -69,6 +69,8 @@ def find_images(patterns: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}  # a set that keeps the order
     for pattern in patterns:
+        if not isinstance(pattern, str | os.PathLike):
+            raise ValueError(f"images are named by files, folders and globs, got a {type(pattern).__name__}")
         if not str(pattern):
             raise ValueError("the name of an image is empty")
         paths = [Path(pattern)]

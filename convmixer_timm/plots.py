@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from .convmixer import ConvMixer
 from .files import atomic_path
 from .images import ImageError, data_config, image_loader
+from .inference.loading import evaluating
 
 try:
     from matplotlib.figure import Figure
@@ -170,7 +171,7 @@ def draw_heat_map(model: Any, image: torch.Tensor, names: list[str], target: Pat
     """Draws where an image speaks for its most probable class (Grad-CAM, arXiv 1610.02391, on the last layer).
 
     Args:
-        model: With a classifier.
+        model: With a classifier; it is run in evaluation mode and left in the mode that it was in.
         image: As the model takes it, [in_chans, H, W].
         names: Of the classes.
         target: PNG to write: the image as the model sees it, and the map over it.
@@ -178,8 +179,7 @@ def draw_heat_map(model: Any, image: torch.Tensor, names: list[str], target: Pat
     Returns:
         The class that it is for, with its probability.
     """
-    model.eval()
-    with torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         features = model.forward_features(image[None])
         logits = model.forward_head(features)[0]
         if logits.shape != (len(names),):

@@ -263,7 +263,9 @@ def read_labels(file: str | Path) -> list[str]:
 
 
 def check_labels(labels: list[str], num_classes: int) -> None:
-    """Raises ValueError where given names of classes are not one for each class, or a name stands twice."""
+    """Raises ValueError where given names of classes are not a list, one for each class, or a name stands twice."""
+    if isinstance(labels, str):
+        raise ValueError(f"the labels are a list of names, got the text {labels!r}")
     if len(labels) != num_classes:
         raise ValueError(f"the model has {num_classes} classes, and the labels are {len(labels)}")
     if twice := [name for name, count in Counter(labels).items() if count > 1]:

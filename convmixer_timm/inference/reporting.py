@@ -1,28 +1,47 @@
 """Predictions as text: a table, JSON or CSV."""
 
+import contextlib
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..errors import printable
 
 __all__ = ["FORMATS"]
 
-Results = Iterable[tuple[Path, list[tuple[str, float]]]]
+Result = tuple[Path, list[tuple[str, float]]]
+Results = Iterable[Result]
+
+
+@contextlib.contextmanager
+def _all(results: Results) -> Iterator[list[Result]]:
+    """All of them; after Ctrl-C, which then goes on, those that there are."""
+    rows: list[Result] = []
+    interrupt = None
+    try:
+        rows.extend(results)
+    except KeyboardInterrupt as error:
+        interrupt = error
+    yield rows
+    if interrupt:
+        raise interrupt
 
 
 def _table(results: Results) -> None:
-    rows = [(printable(path), classes) for path, classes in results]
-    width = max((len(path) for path, _ in rows), default=0)
-    for path, classes in rows:
-        print(f"{path:{width}}  " + "  ".join(f"{name} {p:.3f}" for name, p in classes))
+    with _all(results) as rows:
+        width = max((len(printable(path)) for path, _ in rows), default=0)
+        for path, classes in rows:
+            print(f"{printable(path):{width}}  " + "  ".join(f"{name} {p:.3f}" for name, p in classes))
 
 
 def _json(results: Results) -> None:
-    rows = [{"path": str(path), "classes": [{"label": n, "prob": p} for n, p in classes]} for path, classes in results]
-    print(json.dumps(rows, indent=2))
+    with _all(results) as rows:
+        shown = [
+            {"path": str(path), "classes": [{"label": n, "prob": p} for n, p in classes]} for path, classes in rows
+        ]
+        print(json.dumps(shown, indent=2))
 
 
 def _csv(results: Results) -> None:

@@ -88,6 +88,7 @@ def page(
     if link is not None and not link.startswith(("https://", "http://")):
         raise ValueError(f"the link must be an address, https://…, got {link!r}")
     engines = _runtime_files(Path(runtime).expanduser()) if runtime is not None else {}
+    given = None if examples is None else find_images([examples] if isinstance(examples, str | Path) else examples)
     model: Any = load_model(name)
     _check_classifier(name, model)
     with atomic_path(target) as temporary:
@@ -101,8 +102,7 @@ def page(
             (temporary / "runtime").mkdir()
             for file in engines.values():
                 shutil.copyfile(file, temporary / "runtime" / file.name)
-        given = [examples] if isinstance(examples, str | Path) else examples
-        shown = _write_examples(_own_examples(metadata) if given is None else find_images(given), temporary)
+        shown = _write_examples(_own_examples(metadata) if given is None else given, temporary)
         height, width = metadata["input_size"][1:]
         settings = {
             **{key: metadata[key] for key in ("precision", "input_size", "interpolation", "crop_mode", "mean", "std")},

@@ -120,7 +120,11 @@ def test_a_folder_is_not_written_into(format, part, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "labels, message",
-    [([*"abc"], "has 10 classes, and the labels are 3"), ([*"abcdefghia"], "more than once: a")],
+    [
+        ("abcdefghij", "a list of names"),
+        ([*"abc"], "has 10 classes, and the labels are 3"),
+        ([*"abcdefghia"], "more than once: a"),
+    ],
 )
 def test_labels_must_fit(labels, message, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -17,7 +17,7 @@ import torch.nn as nn
 from PIL import Image
 
 import convmixer_timm
-from convmixer_timm import load_model, predict
+from convmixer_timm import images, load_model, predict
 from convmixer_timm.cli import main
 from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.images import ImageError, load_image
@@ -139,6 +139,22 @@ def test_broken_files_are_named_and_the_rest_is_classified(cifar_images, capsys,
         assert line.startswith(f"error: {tmp_path / name}: ")
     assert "no such file" in lines[-1]
     assert "100,000 pixels" in lines[-2]
+
+
+def test_what_was_classified_before_ctrl_c_is_shown(cifar_images, capsys, monkeypatch):
+    paths, read = [str(path) for path, _ in cifar_images[:3]], images.load_image
+
+    def interrupted(path, **options):
+        if str(path) == paths[2]:
+            raise KeyboardInterrupt
+        return read(path, **options)
+
+    monkeypatch.setattr(images, "load_image", interrupted)
+    shown = {}
+    for format in ("table", "csv", "json"):
+        assert main(["predict", *paths, "--batch-size", "1", "--topk", "1", "--format", format]) == 130
+        shown[format] = capsys.readouterr().out
+    assert len(shown["table"].splitlines()) == len(shown["csv"].splitlines()) - 1 == len(json.loads(shown["json"])) == 2
 
 
 @pytest.mark.parametrize(

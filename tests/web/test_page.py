@@ -152,6 +152,8 @@ def test_examples_of_a_folder_and_of_one_file(tmp_path):
     for number, examples in enumerate((IMAGES / "ship", str(IMAGES / "ship/*.png"), [IMAGES / "ship"])):
         convmixer_timm.page(name, tmp_path / f"{number}", examples=examples)
         assert len(settings(tmp_path / f"{number}")["examples"]) == 3
+    with pytest.raises(ValueError, match=r"named by files, folders and globs, got a Image"):
+        convmixer_timm.page(name, tmp_path / "none", examples=[Image.new("RGB", (8, 8))])
 
 
 def test_titles(tmp_path, monkeypatch):
