@@ -1,16 +1,19 @@
-// The loops of a ConvMixer training step that PyTorch's CPU kernels leave slow.
+// The loops of a ConvMixer that PyTorch's CPU kernels leave slow.
 //
-//   depthwise_weight_grad   gradient of a depthwise k x k convolution's weight and bias
-//   act_norm_forward        batch-norm of an activation, plus an optional shortcut, in two passes
-//   act_norm_backward       its gradient, in two passes
-//   spatial_mixing_forward  depthwise convolution, activation, batch-norm and residual, in two passes
-//   spatial_mixing_backward its gradient, in two passes
+//   depthwise_weight_grad    gradient of a depthwise k x k convolution's weight and bias
+//   act_norm                 batch-norm of an activation, plus an optional shortcut, in two passes
+//   act_norm_backward        its gradient, in two passes
+//   act_norm_inference       the same by a norm's running statistics, in one pass
+//   spatial_mixing           depthwise convolution, activation, batch-norm and residual, in two passes
+//   spatial_mixing_backward  its gradient, in two passes
+//   spatial_mixing_inference the same by a norm's running statistics, in one pass
 //
 // Activations are channels-last, [rows, channels] with rows = images x height x width, in fp32 or bf16. Everything is
 // computed in fp32, totals over rows are kept in fp64. Threads' totals join in the threads' order: the same call gives
 // the same bits. `channels` is a multiple of 16.
 // GCC's and Clang's vector types stand for the registers, so one text serves AVX-512, AVX2 and NEON.
 // build.py builds this file at first use.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -497,14 +500,14 @@ void statistics(int threads, std::vector<double> totals, std::vector<float> pivo
     write();
 }
 
-// y = gamma (a - mean) / sqrt(var + eps) + beta [+ shortcut] with a = act(z).
-template <class T, class Act>
-struct Normalised {
+// gamma (a - mean) / sqrt(var + eps) + beta with a = act(z).
+template <class Act>
+struct Norm {
     std::vector<float> scale;
     Blocks steep;
     const float *beta, *mean;
 
-    Normalised(const float *gamma, const float *beta, const float *mean, const float *var, int64_t C, double eps)
+    Norm(const float *gamma, const float *beta, const float *mean, const float *var, int64_t C, double eps)
         : scale(C), steep(steep_blocks<Act>(gamma, var, C, eps)), beta(beta), mean(mean) {
         for (int64_t c = 0; c < C; c++) scale[c] = gamma[c] / std::sqrt(var[c] + eps);
     }
@@ -514,10 +517,11 @@ struct Normalised {
     }
 };
 
+// y = the same [+ shortcut].
 template <class T, class Act>
 void normalise(int threads, const T *z, const T *shortcut, const float *gamma, const float *beta, T *y, const float *mean,
                const float *var, int64_t rows, int64_t C, double eps) {
-    const Normalised<T, Act> norm(gamma, beta, mean, var, C, eps);
+    const Norm<Act> norm(gamma, beta, mean, var, C, eps);
     everywhere<Act>(threads, rows, C, norm.steep, [&](auto act, int64_t i, int64_t c) {
         f32 v = norm.at(act, load(z + i), c);
         if (shortcut) v += load(shortcut + i);
@@ -623,15 +627,19 @@ std::vector<float> sampled(const T *x, const float *bias, Vectors &filters, cons
     return out;
 }
 
-// z_tile = bias + the convolution of block b of image n, which is left in x_tile.
+// z_tile = bias + the convolution of some rows of block b of image n, which are left in x_tile.
 template <class T>
-void convolve(Tile &x_tile, Tile &z_tile, const T *x, const float *bias, Vectors &filters, const Shape &s, int64_t n, int64_t b) {
-    for (int64_t h = 0; h < s.H; h++)
-        for (int64_t w = 0; w < s.W; w++) {
-            store(x_tile.at(h, w), load(x + s.index(n, b, h, w)));
-            store(z_tile.at(h, w), load(bias + b * LANES));
-        }
-    all_taps<Convolution>(s, x_tile.start, x_tile.width, z_tile.inside, z_tile.width, (float *)&filters[b * s.taps()]);
+void convolve(Tile &x_tile, Tile &z_tile, const T *x, const float *bias, Vectors &filters, const Shape &s, int64_t n, int64_t b,
+              int64_t first, int64_t rows) {
+    const int64_t before = (s.K - 1) / 2;
+    for (int64_t h = -before; h < rows + s.K - 1 - before; h++) {
+        const bool there = first + h >= 0 && first + h < s.H;
+        for (int64_t w = 0; w < s.W; w++) store(x_tile.at(h, w), there ? load(x + s.index(n, b, first + h, w)) : f32{});
+    }
+    for (int64_t h = 0; h < rows; h++)
+        for (int64_t w = 0; w < s.W; w++) store(z_tile.at(h, w), load(bias + b * LANES));
+    all_taps<Convolution>({s.N, s.C, rows, s.W, s.K}, x_tile.start, x_tile.width, z_tile.inside, z_tile.width,
+                          (float *)&filters[b * s.taps()]);
 }
 
 template <class T, class Act>
@@ -653,7 +661,7 @@ void mixing_forward(int threads, const T *x, const float *weight, const float *b
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t b = 0; b < s.blocks(); b++) {
                 const int64_t c = b * LANES;
-                convolve(x_tile, z_tile, x, bias, filters, s, n, b);
+                convolve(x_tile, z_tile, x, bias, filters, s, n, b, 0, s.H);
                 for (int64_t h = 0; h < s.H; h++) {
                     f32 first = {}, second = {};
                     for (int64_t w = 0; w < s.W; w++) {
@@ -676,35 +684,40 @@ void mixing_forward(int threads, const T *x, const float *weight, const float *b
     normalise<T, Act>(threads, z, residual ? x : nullptr, gamma, beta, y, mean, var, rows, s.C, eps);
 }
 
-// The same with running statistics: what a convolution made is normalised before it leaves its tile.
+constexpr int64_t BAND = 4096;  // positions of a tile, which so stays in the cache with images of any size
+
+// The same by given statistics: what the convolution makes is normalised before it leaves its tile.
 template <class T, class Act>
 void mixing_inference(int threads, const T *x, const float *weight, const float *bias, const float *gamma, const float *beta,
                       const float *mean, const float *var, bool residual, T *y, const Shape s, double eps) {
     Vectors filters = by_block(weight, s, false);
-    const Normalised<T, Act> norm(gamma, beta, mean, var, s.C, eps);
+    const Norm<Act> norm(gamma, beta, mean, var, s.C, eps);
+    const int64_t band = std::min(s.H, std::max(s.K, BAND / (s.W + s.K - 1))), bands = (s.H + band - 1) / band;
+    const Shape part{s.N, s.C, band, s.W, s.K};
     struct Mine {
         Tile x_tile, z_tile;
     };
     Scratch scratch;
 #pragma omp parallel num_threads(threads)
-    if (auto mine = scratch.make([&] { return Mine{Tile(s, s.K, (s.K - 1) / 2), Tile(s, 1, 0)}; })) {
+    if (auto mine = scratch.make([&] { return Mine{Tile(part, s.K, (s.K - 1) / 2), Tile(part, 1, 0)}; })) {
         Tile &x_tile = mine->x_tile, &z_tile = mine->z_tile;
-#pragma omp for collapse(2) schedule(static)
+#pragma omp for collapse(3) schedule(static)
         for (int64_t n = 0; n < s.N; n++)
-            for (int64_t b = 0; b < s.blocks(); b++) {
-                const int64_t c = b * LANES;
-                convolve(x_tile, z_tile, x, bias, filters, s, n, b);
-                auto write = [&](auto act) {
-                    for (int64_t h = 0; h < s.H; h++)
-                        for (int64_t w = 0; w < s.W; w++) {
-                            f32 v = norm.at(act, load(z_tile.at(h, w)), c);
-                            if (residual) v += load(x_tile.at(h, w));
-                            store(y + s.index(n, b, h, w), v);
-                        }
-                };
-                if (norm.steep[b]) write(typename Act::Exact());
-                else write(Act());
-            }
+            for (int64_t k = 0; k < bands; k++)
+                for (int64_t b = 0; b < s.blocks(); b++) {
+                    const int64_t first = k * band, rows = std::min(band, s.H - first);
+                    convolve(x_tile, z_tile, x, bias, filters, s, n, b, first, rows);
+                    auto write = [&](auto act) {
+                        for (int64_t h = 0; h < rows; h++)
+                            for (int64_t w = 0; w < s.W; w++) {
+                                f32 v = norm.at(act, load(z_tile.at(h, w)), b * LANES);
+                                if (residual) v += load(x_tile.at(h, w));
+                                store(y + s.index(n, b, first + h, w), v);
+                            }
+                    };
+                    if (norm.steep[b]) write(typename Act::Exact());
+                    else write(Act());
+                }
     }
     scratch.check();
 }

@@ -120,10 +120,19 @@ def test_it_is_turned_off_in_the_environment(off):
     python("from convmixer_timm.kernels import build; assert not build.enabled()", CONVMIXER_TIMM_FAST=off)
 
 
+EVALUATES = """
+import torch
+from convmixer_timm import ConvMixer
+with torch.no_grad():
+    ConvMixer(32, 1, 3, 2).eval()(torch.randn(2, 3, 8, 8))
+"""
+
+
 @needs_compiler
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").touch()  # no folder can be made below it, whoever runs this
-    python(LOADS, XDG_CACHE_HOME=str(tmp_path / "file"))
+    for code in (LOADS, EVALUATES):
+        python(code, XDG_CACHE_HOME=str(tmp_path / "file"))
 
 
 def test_without_a_home_directory_it_builds_in_a_folder_of_its_own(monkeypatch):
