@@ -277,7 +277,7 @@ def draw(rows: list[dict], folder: Path) -> None:
         values = [[float(row[key]) for row in members] for key in ("infer_samples_per_sec", "top1")]
         axes.plot(*values, "-", color="lightgray", zorder=0)
         axes.scatter(*values, color=[colors[row["precision"]] for row in members])
-        axes.annotate(model, (values[0][-1], values[1][-1]), (0, 8), textcoords="offset points", ha="right")
+        axes.annotate(model, (max(values[0]), max(values[1])), (0, 10), textcoords="offset points", ha="right")
     for precision, color in colors.items():
         axes.scatter([], [], color=color, label=precision)
     axes.set(xlabel="images/s by optimize", ylabel="top-1 in %")
