@@ -213,9 +213,9 @@ def test_act_norm_by_given_statistics(dtype, gelu, with_shortcut, shape):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel_size", [2, 3, 4, 5, 7, 8, 9, 10, 17])
-@pytest.mark.parametrize("shape", [(1, 32, 7, 11), (8, 32, 16, 16), (1, 32, 250, 33)])
-@pytest.mark.parametrize("residual, gelu", [(True, True), (False, False), (True, False)])
+@pytest.mark.parametrize("kernel_size", [2, 5, 7, 9, 17])
+@pytest.mark.parametrize("shape", [(1, 32, 7, 11), (1, 32, 250, 33)])  # the latter in bands of rows
+@pytest.mark.parametrize("residual, gelu", [(True, True), (False, False)])
 def test_mixing_by_given_statistics(dtype, kernel_size, shape, residual, gelu):
     torch.manual_seed(0)
     x, tensors, mean, var = channels_last(*shape, dtype=dtype), parameters(kernel_size), torch.randn(32), torch.rand(32)
