@@ -1,7 +1,7 @@
 """Builds ``kernels.cpp`` with the machine's C++ compiler at first use and loads it.
 
-Nothing is built at import, nor for the evaluation of a few images. Where there is no compiler (or no OpenMP),
-`available` says no and the layers take PyTorch's own operations.
+Nothing is built at import, nor for the evaluation of a few images: that takes what was built before. Where there is no
+compiler (or no OpenMP), `available` says no and the layers take PyTorch's own operations.
 """
 
 import contextlib

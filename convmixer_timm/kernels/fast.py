@@ -27,8 +27,10 @@ __all__ = ["Block", "ConvActNorm", "GlobalPool", "Residual", "as_given", "untouc
 # timm's GELU is always the exact one; a user's own subclass may compute anything.
 _GELUS = (nn.GELU, get_act_layer("gelu"))
 
-# Values in a feature map whose evaluation is worth the seconds of building the kernels; fewer take what there is.
-_LARGE = 1 << 20
+# Evaluation has the kernels built once it has taken about as long as that: after so many values in feature maps, which
+# are some 2000 images of 32 pixels by ConvMixer-256/8. Small maps don't count: who has single images waits for each.
+_LARGE, _MANY = 1 << 20, 1 << 31
+_evaluated = 0
 
 
 class _Layer(nn.Module):
@@ -159,14 +161,14 @@ def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, 
         z = conv(x)
     elif not _fuses(norm, act):
         z = _convolution(x, conv)
-    elif _mixes(conv, x, norm) and _available(x, norm):
+    elif _mixes(conv, x, norm) and _available(norm):
         weights = *_parameters(conv), *_parameters(norm)
         if not norm.training:
             return spatial_mixing_inference(x, *weights, *_running_stats(norm), residual, _is_gelu(act), norm.eps)
         y, mean, var = spatial_mixing(x, *weights, residual, _is_gelu(act), norm.eps)
         _move_running_stats(norm, mean, var, x.numel() // x.shape[1])
         return y
-    elif _takes(z := _convolution(x, conv)) and _available(z, norm):
+    elif _takes(z := _convolution(x, conv)) and _available(norm, z.numel()):
         shortcut = x.to(z.dtype) if residual else None
         if not norm.training:
             return act_norm_inference(z, *_parameters(norm), *_running_stats(norm), _is_gelu(act), norm.eps, shortcut)
@@ -225,9 +227,12 @@ def _is_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def _available(x: Tensor, norm: nn.BatchNorm2d) -> bool:
-    """Whether the kernels are there for features `x`; a training or a large evaluation has them built."""
-    return build.available(build=norm.training or x.numel() >= _LARGE)
+def _available(norm: nn.BatchNorm2d, values: int = 0) -> bool:
+    """Whether the kernels are there, for a feature map of so many values; training or a long evaluation builds them."""
+    global _evaluated
+    if not norm.training and values >= _LARGE:
+        _evaluated += values
+    return build.available(build=norm.training or _evaluated >= _MANY)
 
 
 def _parameters(module: nn.Conv2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
