@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import operators
 
-__all__ = ["act_norm", "act_norm_inference"]
+__all__ = ["act_norm"]
 
 
 def act_norm(
@@ -33,20 +33,6 @@ def act_norm(
     """
     y, mean, var = operators.act_norm(x, shortcut, gamma, beta, gelu, eps)
     return y, mean, var
-
-
-def act_norm_inference(
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    gelu: bool,
-    eps: float,
-    shortcut: Tensor | None = None,
-) -> Tensor:
-    """The same by a mean [C] and a variance [C], in fp32, that are given: a norm's running ones."""
-    return operators.act_norm_inference(x, shortcut, gamma, beta, mean, var, gelu, eps)
 
 
 def _setup_context(ctx, inputs, output):

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import build, gpu, memory, operators
-from .act_norm import act_norm, act_norm_inference
+from .act_norm import act_norm
 from .depthwise import depthwise_conv2d
-from .spatial_mixing import spatial_mixing, spatial_mixing_inference
+from .operators import act_norm_inference, spatial_mixing_inference
+from .spatial_mixing import spatial_mixing
 
 __all__ = ["Block", "ConvActNorm", "GlobalPool", "Residual", "as_given", "untouched"]
 
@@ -163,15 +164,16 @@ def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, 
         z = _convolution(x, conv)
     elif _mixes(conv, x, norm) and _available(norm):
         weights = *_parameters(conv), *_parameters(norm)
+        settings = residual, _is_gelu(act), norm.eps
         if not norm.training:
-            return spatial_mixing_inference(x, *weights, *_running_stats(norm), residual, _is_gelu(act), norm.eps)
-        y, mean, var = spatial_mixing(x, *weights, residual, _is_gelu(act), norm.eps)
+            return spatial_mixing_inference(x, *weights, *_running_stats(norm), conv.kernel_size[0], *settings)
+        y, mean, var = spatial_mixing(x, *weights, *settings)
         _move_running_stats(norm, mean, var, x.numel() // x.shape[1])
         return y
     elif _takes(z := _convolution(x, conv)) and _available(norm, z.numel()):
         shortcut = x.to(z.dtype) if residual else None
         if not norm.training:
-            return act_norm_inference(z, *_parameters(norm), *_running_stats(norm), _is_gelu(act), norm.eps, shortcut)
+            return act_norm_inference(z, shortcut, *_parameters(norm), *_running_stats(norm), _is_gelu(act), norm.eps)
         y, mean, var = act_norm(z, *_parameters(norm), _is_gelu(act), norm.eps, shortcut)
         _move_running_stats(norm, mean, var, z.numel() // z.shape[1])
         return y

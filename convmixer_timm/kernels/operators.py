@@ -215,7 +215,7 @@ def spatial_mixing_inference(
     gelu: bool,
     eps: float,
 ) -> Tensor:
-    """The feature map of `spatial_mixing` by `mean` and `var` instead of the batch's own."""
+    """The feature map of `spatial_mixing` by `mean` and `var` instead of the batch's own; it has no gradient."""
     _check_maps(x)
     channels = x.shape[1]
     _check_parameters(x, (channels, 1, kernel_size, kernel_size), weight)

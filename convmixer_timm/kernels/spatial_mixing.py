@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import build, operators
 
-__all__ = ["differentiable_grads", "spatial_mixing", "spatial_mixing_inference"]
+__all__ = ["differentiable_grads", "spatial_mixing"]
 
 
 def spatial_mixing(
@@ -35,24 +35,6 @@ def spatial_mixing(
     """
     y, _, mean, var = operators.spatial_mixing(x, weight, bias, gamma, beta, weight.shape[-1], residual, gelu, eps)
     return y, mean, var
-
-
-def spatial_mixing_inference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    residual: bool,
-    gelu: bool,
-    eps: float,
-) -> Tensor:
-    """The same by a mean [C] and a variance [C], in fp32, that are given: a norm's running ones. It has no gradient."""
-    return operators.spatial_mixing_inference(
-        x, weight, bias, gamma, beta, mean, var, weight.shape[-1], residual, gelu, eps
-    )
 
 
 def _setup_context(ctx, inputs, output):

@@ -9,9 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from convmixer_timm.kernels import depthwise, operators
-from convmixer_timm.kernels.act_norm import act_norm, act_norm_inference
+from convmixer_timm.kernels.act_norm import act_norm
 from convmixer_timm.kernels.depthwise import depthwise_conv2d
-from convmixer_timm.kernels.spatial_mixing import spatial_mixing, spatial_mixing_inference
+from convmixer_timm.kernels.spatial_mixing import spatial_mixing
 
 from .helpers import channels_last, needs_compiler, relative
 
@@ -204,7 +204,7 @@ def test_act_norm_by_given_statistics(dtype, gelu, with_shortcut, shape):
     var = torch.rand(32) + 0.1
     var[:3] = 1e-6  # by so little that bf16's GELU isn't right enough
     assert_as_near_fp64_as_pytorchs(
-        lambda *t: act_norm_inference(t[0], t[2], t[3], mean, var, gelu, 1e-5, t[1]),
+        lambda *t: operators.act_norm_inference(*t, mean, var, gelu, 1e-5),
         lambda *t: plain_act_norm(*t, gelu, *(s.to(t[2].dtype) for s in (mean, var))),
         (x, shortcut if with_shortcut else None, gamma, beta),
         grad,
@@ -219,7 +219,7 @@ def test_act_norm_by_given_statistics(dtype, gelu, with_shortcut, shape):
 def test_mixing_by_given_statistics(dtype, kernel_size, shape, residual, gelu):
     torch.manual_seed(0)
     x, tensors, mean, var = channels_last(*shape, dtype=dtype), parameters(kernel_size), torch.randn(32), torch.rand(32)
-    got = spatial_mixing_inference(x, *tensors, mean, var, residual, gelu, 1e-5)
+    got = operators.spatial_mixing_inference(x, *tensors, mean, var, kernel_size, residual, gelu, 1e-5)
     theirs, exact = (
         plain_mixing(x.to(t), *(p.to(u) for p in tensors), residual, gelu, mean.to(u), var.to(u))
         for t, u in ((dtype, torch.float32), (torch.float64, torch.float64))
@@ -378,7 +378,7 @@ def test_second_derivatives(frozen):
             (x, gamma, beta),
         ),
         (
-            lambda x, g, b: act_norm_inference(x, g, b, bias, gamma, True, 1e-5),
+            lambda x, g, b: operators.act_norm_inference(x, None, g, b, bias, gamma, True, 1e-5),
             lambda x, g, b: plain_act_norm(x, None, g, b, True, bias, gamma),
             (x, gamma, beta),
         ),
