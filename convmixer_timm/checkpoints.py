@@ -226,10 +226,11 @@ def read_checkpoint(path: str | Path) -> StateDict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No such checkpoint file: {path}" + ", it is a folder" * path.is_dir())
-    with path.open("rb"):  # an error of rights is told as such
-        pass
+    with path.open("rb") as file:  # an error of rights is told as such
+        head = file.read(9)
     try:
-        if path.suffix == ".safetensors":
+        # By its content too: the Hub's cache has files without a suffix. A header in JSON follows its length.
+        if path.suffix == ".safetensors" or head[8:] == b"{":
             return safetensors.torch.load_file(path)
         # timm's checkpoints carry their training arguments as a Namespace
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():

@@ -17,6 +17,7 @@ __all__ = [
     "HubTimeout",
     "RunError",
     "check_hub_settings",
+    "file_in_place_of",
     "hub_reason",
     "hub_status",
     "local_cause",
@@ -76,6 +77,12 @@ def os_reason(error: OSError) -> str:
     return (error.strerror or os.strerror(error.errno or 0)).lower()
 
 
+def file_in_place_of(folder: Path) -> Path | None:
+    """The file that stands where a folder is to be, or one above it; None where no file is in the way."""
+    there = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    return None if there is None or there.is_dir() else there
+
+
 def local_cause(error: BaseException | None) -> OSError | None:
     """The error of this machine's files that is behind another error; None if it is the network's or the Hub's."""
     while error is not None and not type(error).__module__.startswith(_CLIENTS):
@@ -105,8 +112,7 @@ def local_reason(error: OSError, setting: str = "HF_HOME") -> str:
     if error.errno in _RIGHTS:
         return f"{said}: get the right to write there, or set {setting} to a folder of yours"
     if error.errno in _PATHS:
-        blocker = next((p for p in (Path(where), *Path(where).parents) if p.exists()), None)
-        if blocker and blocker != Path(where) and not blocker.is_dir():
+        if blocker := file_in_place_of(Path(where)):
             said = f"{blocker} is a file, so nothing can be put below it"
         return f"{said}: set {setting} to a folder"
     return f"{said}: the trouble is this machine's, not the Hub's"

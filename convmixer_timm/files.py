@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import local_cause
+from .errors import file_in_place_of, local_cause
 
 __all__ = [
     "as_text",
@@ -82,6 +82,8 @@ def folder_beside(path: Path) -> Iterator[Path]:
         OSError: If it can't be written there; it names `path`, whatever the library that wrote raised.
     """
     inside = str(path.parent / ".tmp-")
+    if blocker := file_in_place_of(path.parent):
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, so nothing can be put below it", str(blocker))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as name:

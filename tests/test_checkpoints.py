@@ -201,9 +201,10 @@ def test_code_in_a_pickle_is_refused(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.pth", "plain.pth"]
 
 
-def test_convert_from_the_shell(source, tmp_path, capsys):
-    save_file(source.state_dict(), tmp_path / "in.safetensors")
-    assert main(["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "sub" / "out.safetensors")]) == 0
+@pytest.mark.parametrize("name", ["in.safetensors", "a_blob_of_the_hubs_cache"])
+def test_convert_from_the_shell(name, source, tmp_path, capsys):
+    save_file(source.state_dict(), tmp_path / name)
+    assert main(["convert", str(tmp_path / name), str(tmp_path / "sub" / "out.safetensors")]) == 0
     out = capsys.readouterr().out
     assert f"dim {DIM}, depth {DEPTH}, kernel_size {KERNEL}, patch_size {PATCH}" in out
     assert f"num_classes {CLASSES}" in out

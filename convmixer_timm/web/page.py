@@ -21,6 +21,7 @@ from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from ..convmixer import CIFAR10_LABELS, WEIGHTS_DIR
+from ..errors import file_in_place_of
 from ..files import as_text, atomic_path, files_below
 from ..images import data_config, find_images, load_image
 from ..inference.class_map import has_class_map
@@ -148,9 +149,9 @@ def _source(name: str) -> str:
 
 
 def _check_target(target: Path) -> None:
-    if not target.is_dir():
-        if target.exists():
-            raise ValueError(f"{target} is a file: name a folder for the page")
+    if blocker := file_in_place_of(target):
+        raise ValueError(f"{blocker} is a file: name a folder for the page")
+    if not target.exists():
         return
     index = target / "index.html"
     ours = index.is_file() and _MARK in index.read_text(encoding="utf-8", errors="replace")

@@ -1,12 +1,14 @@
 """`convmixer-timm export`: files for other programs, compared with the model before they are there."""
 
 import json
+import re
 
 import pytest
 import timm
 import torch
 
 from convmixer_timm.cli import main
+from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.inference import export as export_module
 from convmixer_timm.inference.class_map import has_class_map
 from convmixer_timm.inference.export import export
@@ -116,6 +118,25 @@ def test_a_folder_is_not_written_into(format, part, tmp_path, capsys):
     assert main(["export", NAME, "--format", format, "-o", str(tmp_path / f"m{SUFFIXES[format]}")]) == 1
     assert capsys.readouterr().err == f"convmixer-timm: error: {tmp_path / part} is a folder: name a file to write\n"
     assert [path.name for path in tmp_path.rglob("*")] == [part]
+
+
+@pytest.mark.parametrize(
+    "command, below",
+    [
+        (["export", NAME, "--format", "torch-export"], "model.pt2"),
+        (["convert", str(WEIGHTS_DIR / NAME / "model.safetensors")], "model.safetensors"),
+        (["plot", NAME], "plots"),
+        (["page", NAME], "page"),
+    ],
+)
+def test_a_file_in_a_folders_place_is_named(command, below, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    option = [] if command[0] == "convert" else ["-o"]
+    assert main([*command, *option, str(file / below)]) == 1
+    line = capsys.readouterr().err
+    assert re.match(rf"convmixer-timm: error: {file}:? is a file", line) and line.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(
