@@ -68,7 +68,7 @@ class Block(fast.Block, nn.Sequential):
         mixed = x
         for i, layer in enumerate(self):
             x = layer(x)
-            if i == 0:
+            if i == 0 and self.residual:  # else its memory is free for the next
                 mixed = x
         return drop_path(x, self.drop_rate, self.training) + mixed if self.residual else x
 

@@ -44,7 +44,9 @@ class _Layer(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else kwargs.get("x", kwargs.get("input"))
-        if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or not _runs_here(x) or not _is_as_made(self):
+        if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or (not self.training and _is_little(x)):
+            return super().__call__(*args, **kwargs)
+        if not _runs_here(x) or not _is_as_made(self):
             return super().__call__(*args, **kwargs)
         if not gpu.is_gpu(x):
             memory.keep_freed()
@@ -116,6 +118,16 @@ def as_given(features: Tensor, images: Tensor) -> Tensor:
         return features
 
 
+def _is_little(x: Tensor) -> bool:
+    """Whether the kernels aren't built and `x`, of an evaluation, is too small for the layout alone to pay.
+
+    Asked first: for a single image of a small model all the other questions take a tenth of the time.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return x.numel() < _LARGE and not build.available(build=False)
+
+
 def _plain(t: Tensor) -> bool:
     """Whether it is no subclass of a tensor, which would tell operations itself what to do."""
     return type(t) in (Tensor, nn.Parameter)
@@ -130,9 +142,10 @@ def _runs_here(x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled()):
         return False  # an exported program is for anywhere; inference is left to the compiler
-    if not (gpu.is_gpu(x) or x.device.type == "cpu") or x.dim() != 4 or x.numel() == 0 or build.transformed():
+    on_gpu = gpu.is_gpu(x)
+    if not (on_gpu or x.is_cpu) or x.dim() != 4 or x.numel() == 0 or build.transformed():
         return False
-    return not gpu.is_gpu(x) or gpu.takes(x)
+    return not on_gpu or gpu.takes(x)
 
 
 def untouched(*modules: nn.Module) -> bool:

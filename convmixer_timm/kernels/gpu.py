@@ -20,7 +20,7 @@ _LEAST = 2**25  # values; for fewer, launching takes the host longer than PyTorc
 
 def is_gpu(x: Tensor) -> bool:
     """Whether it lies on a GPU of PyTorch's CUDA."""
-    return x.device.type == "cuda"
+    return x.is_cuda
 
 
 def takes(x: Tensor) -> bool:

@@ -1,9 +1,15 @@
+import os
+import shutil
+import sys
+
 import pytest
 import torch
 
-from convmixer_timm.kernels import build
-
-needs_compiler = pytest.mark.skipif(build.library() is None, reason="no C++ compiler with OpenMP on this machine")
+# Not whether the kernels can be built: kernels that no longer compile are to fail.
+HAS_COMPILER = sys.platform.startswith("linux") and any(
+    map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))
+)
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
