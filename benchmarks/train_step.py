@@ -28,7 +28,7 @@ SETTINGS = {  # name: (whose class, channels-last, compiled, allocator set in th
     "ours channels-last": ("ours", True, False, False),
     "ours compiled": ("ours", True, True, False),
 }
-# glibc's settings that keep freed memory; the package makes them itself, timm's class gets them from the environment.
+# glibc's settings that keep freed memory, as the package has it without them, and huge pages, which it doesn't ask for.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),

@@ -106,7 +106,9 @@ def verify(name: str, files: dict[str, Path] | None = None) -> None:
     file = files[name]
     if not file.is_file():
         raise ValueError(f"{file} is missing")
-    recorded = _manifest().get(name, {})
+    recorded = _manifest().get(name)
+    if not recorded and file.is_relative_to(WEIGHTS_DIR):
+        raise ValueError(f"{name} is bundled, and the manifest doesn't know it")
     expected = recorded["sha256"] if recorded else cached_sha256(file)
     found = sha256(file)
     if expected is not None and found != expected:  # a cache without links doesn't tell its files' hashes

@@ -1,4 +1,4 @@
-"""What timm gets wrong with newer releases of what it stands on, mended in one narrow place each.
+"""What timm and its scripts get wrong on CPUs, after an interruption or with newer libraries, each mended in one place.
 
 `mend_posterize` is called when the package is imported, the others by the launcher only. Each one can go when the
 oldest timm that this package supports no longer needs it.

@@ -1,4 +1,4 @@
-"""Settings of the process that trains, and the recipes that it trains with."""
+"""The recipes, and what the process that trains or validates is set to before timm's script runs."""
 
 import os
 import sys

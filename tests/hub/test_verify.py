@@ -106,3 +106,9 @@ def test_missing_file_and_unknown_name(copied, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert "is missing" in first
     assert "no such checkpoint" in second
+
+
+def test_a_bundled_checkpoint_is_recorded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verify_module, "MANIFEST", tmp_path / "manifest.json")
+    assert main(["verify", NAME]) == 1
+    assert "the manifest doesn't know it" in capsys.readouterr().out
