@@ -1,8 +1,8 @@
 """What glibc does with the memory that a tensor gives back.
 
 It returns every large block to the system and pays for its page faults again at the next step. Kept instead, a step of
-timm's class in channels-last and bf16 takes two thirds of the time (benchmarks/README.md); the process then holds on to the most that it
-ever used.
+timm's class in channels-last and bf16 takes two thirds of the time (benchmarks/README.md); the process then holds on to
+the most that it ever used.
 """
 
 import ctypes

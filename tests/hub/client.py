@@ -1,4 +1,4 @@
-"""Runs `convmixer-timm` commands for the tests of the Hub, one a line, so that torch is imported once and not each time."""
+"""Runs `convmixer-timm` commands for tests, one a line, so that torch is imported once and not each time."""
 
 import contextlib
 import io
