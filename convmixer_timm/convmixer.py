@@ -16,7 +16,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, SelectAdaptivePool2d, drop_path, get_act_layer, get_norm_layer
+from timm.layers import (
+    DropPath,
+    SelectAdaptivePool2d,
+    calculate_drop_path_rates,
+    drop_path,
+    get_act_layer,
+    get_norm_layer,
+)
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -147,7 +154,7 @@ class ConvMixer(nn.Module):
             act(),
             norm(dim, **dd),
         )
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)  # whose type admits lists for stages
         self.blocks = nn.Sequential(
             *[
                 Block(
@@ -351,10 +358,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 # Inside the package where it was installed from a wheel, beside it in a checkout or an editable install.
-WEIGHTS_DIR = next(
-    (d for d in (Path(__file__).parent / "weights", Path(__file__).parent.parent / "weights") if d.is_dir()),
-    Path(__file__).parent / "weights",
-)
+WEIGHTS_DIR = Path(__file__).parent / "weights"
+if not WEIGHTS_DIR.is_dir():
+    WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
 from ..errors import one_line
+from ..inference.loading import split_name
 
 __all__ = [
     "Evaluation",
@@ -171,7 +172,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 ```
 
 or `convmixer-timm predict IMAGE --model {load_name}`."""
-    scheme, _, location = load_name.partition(":")
+    scheme, location = split_name(load_name)
     if scheme != "hf-hub":
         return text
     repo_id, _, revision = location.partition("@")

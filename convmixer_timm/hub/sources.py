@@ -379,7 +379,7 @@ def _hub_model(args: dict[str, Any]) -> str:
         return ""
     scheme, location = split_name(args["model"])
     if scheme:
-        return location.removeprefix("//").partition("@")[0] if scheme in ("hf-hub", "hf_hub") else ""
+        return location.partition("@")[0] if scheme == "hf-hub" else ""
     cfg = timm.get_pretrained_cfg(args["model"])
     return str(cfg.hf_hub_id) if cfg and cfg.hf_hub_id and not cfg.file else ""
 

@@ -38,7 +38,7 @@ __all__ = [
 _modes = threading.Lock()
 # Models that are being evaluated: how many times at once, and which of their layers were in training before.
 _evaluated: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
-_SOURCES = ("", "hf-hub", "hf_hub", "local-dir", "timm")
+_SOURCES = ("", "hf-hub", "local-dir", "timm")
 
 
 def usable_device(name: str | torch.device | None = None) -> torch.device:
@@ -110,6 +110,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def split_name(name: str) -> tuple[str, str]:
     """A model's name as where it comes from ('hf-hub', 'local-dir', …; nothing for a registered one), and the rest."""
     scheme, colon, location = name.partition(":")
+    if scheme in ("hf-hub", "hf_hub"):  # timm takes both, and an address's slashes
+        return "hf-hub", location.removeprefix("//")
     return (scheme, location) if colon else ("", name)
 
 
@@ -141,7 +143,7 @@ def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
     cfg, source = None if scheme else timm.get_pretrained_cfg(name), {}
     if scheme == "local-dir":
         return load_folder(Path(location).expanduser()).eval().to(device)
-    if scheme in ("hf-hub", "hf_hub"):
+    if scheme == "hf-hub":
         weights = download(location)
         check_description(weights.with_name("config.json"), read_checkpoint(weights))
         # That file, whatever else a stranger's description names: a pickle, say, which older timm runs.

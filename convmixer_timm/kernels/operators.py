@@ -49,12 +49,9 @@ def _operator(results: Callable) -> torch.library.CustomOpDef:
 
     def kernel(x, *arguments):
         out = checked(x, *arguments)
-        keep = [
-            x,
-            *arguments,
-            *((out,) if isinstance(out, Tensor) else out),
-        ]  # copies in the right layout live until the kernel is done
-        keep = [_laid_out(a, x) if isinstance(a, Tensor) else a for a in keep]
+        everything = (x, *arguments, *((out,) if isinstance(out, Tensor) else out))
+        # Copies in the right layout live until the kernel is done.
+        keep = [_laid_out(a, x) if isinstance(a, Tensor) else a for a in everything]
         function = getattr(build.require(), name)
         function.restype = ctypes.c_bool
         if not function(*map(_c, (x.dtype == torch.bfloat16, torch.get_num_threads(), *x.shape, *keep))):

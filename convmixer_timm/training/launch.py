@@ -171,24 +171,9 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     record = Record.of(options, data, recipe, processes)
     if note := check_training_arguments(options, record):
         _say(note)
-    run = Path(options.output or "output/train") / options.experiment if options.experiment else None
+    run = _earlier_run(options, recipe)
     resumed = Path(options.resume) if options.resume else None
-    if run and not (run / LAST).exists():
-        # An interruption while it was replaced leaves the others; a new run would write over them. One that was being
-        # written is no loss.
-        others = sorted(filter(_is_whole, run.glob("*.pth.tar")), key=lambda file: file.stat().st_mtime)
-        if others and not resumed:
-            raise ValueError(
-                f"{run} has {others[-1].name} and no {LAST}: go on with it by --resume {others[-1]}, or give another "
-                "--experiment"
-            )
-        run = None  # there is none yet
-    if run and not (resumed.parent.resolve() == run.resolve() if resumed else recipe):
-        raise ValueError(
-            f"{run} has a run already: give another --experiment, or go on with it by --resume {run / LAST}"
-        )
-    if resumed or run:
-        checkpoint = resumed or run / LAST  # type: ignore[operator]
+    if checkpoint := resumed or (run and run / LAST):
         start, epochs = 1 + _epoch_of(checkpoint), scheduled_epochs(options)
         if options.start_epoch is not None:
             start = options.start_epoch
@@ -218,6 +203,33 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
         _say(note)
     write_when_it_starts(record)
     return args
+
+
+def _earlier_run(options: Namespace, recipe: str) -> Path | None:
+    """The folder that a training goes to, if a run is there already.
+
+    Raises:
+        ValueError: If the training would write over it instead of going on with it.
+    """
+    if not options.experiment:
+        return None
+    run = Path(options.output or "output/train") / options.experiment
+    resumed = Path(options.resume) if options.resume else None
+    if (run / LAST).exists():
+        if not (resumed.parent.resolve() == run.resolve() if resumed else recipe):
+            raise ValueError(
+                f"{run} has a run already: give another --experiment, or go on with it by --resume {run / LAST}"
+            )
+        return run
+    # An interruption while it was replaced leaves the others; a new run would write over them. One that was being
+    # written is no loss.
+    others = sorted(filter(_is_whole, run.glob("*.pth.tar")), key=lambda file: file.stat().st_mtime)
+    if others and not resumed:
+        raise ValueError(
+            f"{run} has {others[-1].name} and no {LAST}: go on with it by --resume {others[-1]}, or give another "
+            "--experiment"
+        )
+    return None
 
 
 def _check_resumable(checkpoint: Path, record: Record, before: Record, options: Namespace) -> None:

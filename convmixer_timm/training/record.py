@@ -21,6 +21,7 @@ from timm.models import load_model_config_from_hf
 from ..errors import NETWORK, HubError, RunError, hub_reason, one_line, os_reason
 from ..files import atomic_path
 from ..images import fit_channels
+from ..inference.loading import split_name
 from .data_check import Data, Split
 
 try:
@@ -246,8 +247,8 @@ def stored_config(name: str) -> dict[str, Any]:
         OSError: If it can't be had.
         ValueError: If it is no such configuration.
     """
-    scheme, _, location = name.partition(":")
-    if not location:
+    scheme, location = split_name(name)
+    if not scheme:
         cfg = timm.get_pretrained_cfg(name)
         return cfg.to_dict() if cfg else {}
     if scheme == "local-dir":
@@ -257,7 +258,7 @@ def stored_config(name: str) -> dict[str, Any]:
             return {**config, **config.get("pretrained_cfg", {})}
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} describes no model: {one_line(error)}") from error
-    cfg, _, args = load_model_config_from_hf(location.removeprefix("//"))
+    cfg, _, args = load_model_config_from_hf(location)
     return {**cfg, "model_args": args}
 
 

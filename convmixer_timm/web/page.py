@@ -259,7 +259,7 @@ def _facts(name: str, model: Any, metadata: dict[str, Any], link: str | None) ->
 def _hub_id(name: str, model: Any) -> tuple[str, str]:
     """OWNER/NAME and revision of a model that came from the Hub; empty where it didn't, or none was asked for."""
     scheme, location = split_name(name)
-    if scheme in ("hf-hub", "hf_hub"):
+    if scheme == "hf-hub":
         repo_id, _, revision = location.partition("@")
         return repo_id, revision
     cfg = model.pretrained_cfg
@@ -268,7 +268,9 @@ def _hub_id(name: str, model: Any) -> tuple[str, str]:
 
 def _hub_address(name: str, model: Any) -> str | None:
     repo_id, revision = _hub_id(name, model)
-    return f"{constants.ENDPOINT}/{repo_id}" + f"/tree/{revision}" * bool(revision) if repo_id else None
+    if not repo_id:
+        return None
+    return f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else "")
 
 
 def _card(name: str, model: Any) -> ModelCard | None:

@@ -17,8 +17,8 @@ from convmixer_timm.inference import download
 from convmixer_timm.inference.optimize import unavailable
 
 from ..conftest import IMAGES
+from .conftest import Client, environment
 from .server import HubServer, Repo
-from .test_publish import Client, environment
 
 SOURCE = WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"
 SHIP = str(IMAGES / "ship/0000.png")

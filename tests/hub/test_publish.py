@@ -2,12 +2,10 @@
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import timm
@@ -19,75 +17,15 @@ from safetensors.torch import load_file, save_file
 from convmixer_timm.convmixer import WEIGHTS_DIR
 
 from ..conftest import IMAGES
-from .server import HubServer, Repo
+from .conftest import Client, environment
+from .server import Repo
 from .test_packing import make_run
+
+pytestmark = pytest.mark.usefixtures("mended")
 
 SOURCE = WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"
 PICTURES = {"curve.png", "depthwise_kernels.png", "patch_filters.png"}
 FILES = {"README.md", "args.yaml", "config.json", "model.safetensors", "summary.csv"} | PICTURES
-
-
-def environment(server, home):
-    """Of a process that takes the server for the Hub, and has a cache of its own."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    settings = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "TQDM_DISABLE": "1"}
-    return {**clean, **settings, "NO_PROXY": "127.0.0.1", "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2"}
-
-
-class Client:
-    """A process with convmixer-timm, which takes commands and gives exit code, stdout and stderr."""
-
-    def __init__(self, server, home):
-        self.home = home
-        script = Path(__file__).with_name("client.py")
-        self.process = subprocess.Popen(
-            [sys.executable, str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(server, home),
-        )
-
-    def __call__(self, *args, token="hf_ann"):
-        self.process.stdin.write(json.dumps({"args": [str(arg) for arg in args], "token": token}) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        assert "hf_" not in (answer["out"] + answer["err"]).replace("hf_hub_download", ""), "a token was printed"
-        assert "Signature" not in answer["out"] + answer["err"], "a signed address was printed"
-        return answer["code"], answer["out"], answer["err"]
-
-    def stop(self):
-        self.process.stdin.close()
-        self.process.wait(30)
-
-    def fails(self, *args, token="hf_ann"):
-        """Runs a command that has to fail, and gives the one line that says why."""
-        code, _, err = self(*args, token=token)
-        assert code == 1, err
-        lines = [line for line in err.splitlines() if line.startswith("convmixer-timm: error: ")]
-        assert len(lines) == 1 and lines[0] == err.splitlines()[-1]
-        assert "Traceback" not in err
-        return lines[0]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = HubServer(tmp_path_factory.mktemp("hub"))
-    yield server
-    server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def client(server, tmp_path_factory):
-    client = Client(server, tmp_path_factory.mktemp("home"))
-    yield client
-    client.stop()
-
-
-@pytest.fixture(autouse=True)
-def mended(server):
-    yield
-    server.mend()
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,18 @@ from convmixer_timm.inference.optimize import unavailable
 
 from .server import Repo
 from .test_packing import make_run
-from .test_publish import PICTURES, SOURCE, Client, client, mended, server  # noqa: F401  fixtures
+from .test_publish import SOURCE
 
-pytestmark = pytest.mark.skipif(unavailable("onnxruntime") is not None, reason=str(unavailable("onnxruntime")))
+pytestmark = [
+    pytest.mark.usefixtures("mended"),
+    pytest.mark.skipif(unavailable("onnxruntime") is not None, reason=str(unavailable("onnxruntime"))),
+]
 
 PAGE = {"README.md", "index.html", "page.css", "page.js", "model.onnx", *(f"examples/{i}.png" for i in (1, 2, 3))}
 TEMPLATE = {".gitattributes", "style.css"}  # what a new Space holds besides
 
 
-def test_page_and_model_link_each_other(server, client):  # noqa: F811
+def test_page_and_model_link_each_other(server, client):
     code, out, err = client("publish", SOURCE, "--repo-id", "ann/ships", "--page", "--tag", "v1")
     assert code == 0, err
     assert f"Published: {server.url}/ann/ships/commit/" in out
@@ -48,7 +51,7 @@ def test_page_and_model_link_each_other(server, client):  # noqa: F811
     assert space.branches["main"] == head and "Nothing to publish" in out
 
 
-def test_what_people_wrote_into_a_spaces_card_stays(server, client):  # noqa: F811
+def test_what_people_wrote_into_a_spaces_card_stays(server, client):
     assert client("publish", SOURCE, "--repo-id", "ann/kept", "--page")[0] == 0
     space = server.repos["spaces:ann/kept"]
     card = server.files("spaces:ann/kept")["README.md"].decode()
@@ -83,7 +86,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_somebodys_other_space_is_left_alone(kind, server, client):  # noqa: F811
+def test_somebodys_other_space_is_left_alone(kind, server, client):
     name = f"ann/{kind}"
     space = server.repos[f"spaces:{name}"] = Repo(private=False, owner="ann")
     head = space.branches["main"] = space.add(
@@ -95,7 +98,7 @@ def test_somebodys_other_space_is_left_alone(kind, server, client):  # noqa: F81
     assert space.branches["main"] == head
 
 
-def test_a_space_that_nobody_touched_is_taken(server, client):  # noqa: F811
+def test_a_space_that_nobody_touched_is_taken(server, client):
     for number, files in enumerate(
         [{}, {"README.md": CARD.format("static", NEW), "index.html": WELCOME, "style.css": "", ".gitattributes": ""}]
     ):
@@ -106,7 +109,7 @@ def test_a_space_that_nobody_touched_is_taken(server, client):  # noqa: F811
         assert set(server.files(f"spaces:{name}")) == PAGE | set(files)
 
 
-def test_the_link_to_the_page_stays_without_the_page(server, client):  # noqa: F811
+def test_the_link_to_the_page_stays_without_the_page(server, client):
     assert client("publish", SOURCE, "--repo-id", "ann/linked", "--page")[0] == 0
     card = server.files("ann/linked")["README.md"]
     code, _, err = client("publish", SOURCE, "--repo-id", "ann/linked")
@@ -123,7 +126,7 @@ def test_the_link_to_the_page_stays_without_the_page(server, client):  # noqa: F
         ((500, 10**9), "publish again later"),
     ],
 )
-def test_faults_are_handled_as_the_models(fault, said, server, client):  # noqa: F811
+def test_faults_are_handled_as_the_models(fault, said, server, client):
     """The model is there already, so the commit that fails is the Space's."""
     name = f"ann/fault-{fault[0]}"
     assert client("publish", SOURCE, "--repo-id", name, "--page")[0] == 0
@@ -143,7 +146,7 @@ def test_faults_are_handled_as_the_models(fault, said, server, client):  # noqa:
         assert space.branches["main"] == head
 
 
-def test_private_and_dry_run(server, client):  # noqa: F811
+def test_private_and_dry_run(server, client):
     code, out, err = client("publish", SOURCE, "--repo-id", "ann/dry", "--page", "--dry-run")
     assert code == 0, err
     assert "model.onnx" in out and "sdk: static" in out and "Nothing was sent" in out
@@ -154,7 +157,7 @@ def test_private_and_dry_run(server, client):  # noqa: F811
     assert "leave out --revision and --create-pr, or --page" in error
 
 
-def test_a_private_models_page_is_private(server, client):  # noqa: F811
+def test_a_private_models_page_is_private(server, client):
     assert client("publish", SOURCE, "--repo-id", "ann/hidden", "--private")[0] == 0
     assert client("publish", SOURCE, "--repo-id", "ann/hidden", "--page")[0] == 0
     assert server.repos["ann/hidden"].private and server.repos["spaces:ann/hidden"].private
@@ -168,7 +171,7 @@ def test_a_private_models_page_is_private(server, client):  # noqa: F811
     assert server.repos["spaces:ann/shown"].branches["main"] == head
 
 
-def test_another_models_page_keeps_no_pictures_of_the_last(server, client, tmp_path):  # noqa: F811
+def test_another_models_page_keeps_no_pictures_of_the_last(server, client, tmp_path):
     assert client("publish", SOURCE, "--repo-id", "ann/space", "--page")[0] == 0
     assert not any("/" in name for name in server.files("ann/space"))  # whatever the repository is called
     space = server.repos["spaces:ann/space"]

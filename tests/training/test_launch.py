@@ -15,7 +15,7 @@ from convmixer_timm.training.launch import RECIPES, recipes, train_arguments
 from convmixer_timm.training.scripts import check_config
 
 from ..conftest import torchrun
-from .test_scripts import data, run, summary  # noqa: F401  `data` is a fixture
+from .conftest import run, summary
 
 SMALL = "--model convmixer_128_4.e25_cifar10 -b 10 --val-split validation --device cpu -j 1".split()
 
@@ -32,14 +32,14 @@ def test_every_option_of_a_recipe_is_one_of_train_py(name, timm_scripts):
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_every_recipe_trains(name, timm_scripts, data, tmp_path):  # noqa: F811
+def test_every_recipe_trains(name, timm_scripts, data, tmp_path):
     args = [name, "--data-dir", data, *SMALL, "--num-classes", "10", "--input-size", "3", "32", "32", "--epochs", "1"]
     args += ["--amp-dtype", "bfloat16", "--output", tmp_path]  # in1k's float16 is for GPUs
     run(train(*args), TIMM_SCRIPTS=str(timm_scripts))
     assert [row["epoch"] for row in summary(tmp_path / name)] == ["0"]
 
 
-def test_an_interrupted_run_goes_on_by_the_same_command(timm_scripts, data, tmp_path):  # noqa: F811
+def test_an_interrupted_run_goes_on_by_the_same_command(timm_scripts, data, tmp_path):
     args = ["cifar10_e25", "--data-dir", data, *SMALL, "--epochs", "12", "--model-ema", "--output", tmp_path]
     folder = tmp_path / "cifar10_e25"
     env = {**os.environ, "TIMM_SCRIPTS": str(timm_scripts), "OMP_NUM_THREADS": "1"}
@@ -64,7 +64,7 @@ def test_an_interrupted_run_goes_on_by_the_same_command(timm_scripts, data, tmp_
     assert float(rows[-1]["lr"]) < float(rows[1]["lr"])  # the schedule went on, too
 
 
-def test_two_processes_train_a_recipe(timm_scripts, data, tmp_path):  # noqa: F811
+def test_two_processes_train_a_recipe(timm_scripts, data, tmp_path):
     command = [*torchrun(2), "-m", "convmixer_timm", "train", "cifar10_e25", "--data-dir", str(data), *SMALL]
     run([*command, "--epochs", "1", "--output", str(tmp_path)], TIMM_SCRIPTS=str(timm_scripts))
     assert [row["epoch"] for row in summary(tmp_path / "cifar10_e25")] == ["0"]
@@ -186,7 +186,7 @@ def test_a_summary_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         ("- lr", "own.yaml is no recipe: it has to hold lines of NAME: VALUE"),
     ],
 )
-def test_a_line_that_train_py_would_stumble_over_is_named(line, message, timm_scripts, data, tmp_path, capsys):  # noqa: F811
+def test_a_line_that_train_py_would_stumble_over_is_named(line, message, timm_scripts, data, tmp_path, capsys):
     (tmp_path / "own.yaml").write_text(f"{line}\n")
     argv = ["train", "--timm-scripts", str(timm_scripts), str(tmp_path / "own.yaml"), "--data-dir", str(data)]
     assert main(argv) == 1

@@ -23,8 +23,8 @@ from convmixer_timm.training.data_check import Data, Split
 from convmixer_timm.training.launch import told_by_record
 from convmixer_timm.training.record import Record, describe_model, stored_config, write_when_it_starts
 
+from .conftest import summary
 from .test_data_check import make_data
-from .test_scripts import summary
 
 PACKED = WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"
 

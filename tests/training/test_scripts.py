@@ -2,7 +2,6 @@
 
 import csv
 import http.server
-import os
 import shutil
 import signal
 import subprocess
@@ -16,34 +15,14 @@ import timm
 from convmixer_timm.cli import main
 from convmixer_timm.training import scripts
 
-from ..conftest import IMAGES, torchrun
+from ..conftest import torchrun
+from .conftest import run, summary
 
 TRAIN_ARGS = (
     "--model convmixer_128_4 --device cpu --epochs 2 -b 10 --val-split validation --opt adamw --lr 0.01"
     " --warmup-epochs 0 --aa rand-m10-n2-inc1 --scale 0.8 1.0 --amp --amp-dtype bfloat16 --channels-last -j 1"
     " --checkpoint-hist 1"
 ).split()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """The 30 images as both splits."""
-    folder = tmp_path_factory.mktemp("data")
-    for split in ("train", "validation"):
-        shutil.copytree(IMAGES, folder / split)
-    return folder
-
-
-def run(command, **env):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    result = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
-
-
-def summary(folder):
-    with (folder / "summary.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def launcher(*args):
