@@ -289,6 +289,7 @@ class ConvMixer(nn.Module):
     def _forward_layers(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
+            fast.settle(x)
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)

@@ -23,7 +23,7 @@ from .depthwise import depthwise_conv2d
 from .operators import act_norm_inference, spatial_mixing_inference
 from .spatial_mixing import spatial_mixing
 
-__all__ = ["Block", "ConvActNorm", "GlobalPool", "Residual", "as_given", "untouched"]
+__all__ = ["Block", "ConvActNorm", "GlobalPool", "Residual", "as_given", "settle", "untouched"]
 
 # timm's GELU is always the exact one; a user's own subclass may compute anything.
 _GELUS = (nn.GELU, get_act_layer("gelu"))
@@ -105,6 +105,13 @@ class GlobalPool(_Layer):
         if here and average and isinstance(self.flatten, nn.Flatten):
             return F.avg_pool2d(F.avg_pool2d(x, (1, x.shape[3])), (x.shape[2], 1)).flatten(1)
         return self.forward(x)
+
+
+def settle(x: Tensor) -> None:
+    """Has the kernels built, if they can be, before layers run that a checkpoint computes anew: a layer in evaluation
+    would go another way then, if a layer in training had them built in between."""
+    if torch.is_grad_enabled() and _runs_here(x) and not gpu.is_gpu(x):
+        build.available()
 
 
 def as_given(features: Tensor, images: Tensor) -> Tensor:

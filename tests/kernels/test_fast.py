@@ -199,33 +199,49 @@ def test_gradients_of_an_evaluation_are_timms(autocast):
         assert relative(ours, exact) < (0.03 if autocast else max(1e-5, 2 * relative(theirs, exact)))
 
 
-@needs_compiler
-def test_the_evaluation_of_a_few_images_builds_nothing(calls, monkeypatch, tmp_path):
-    """Building takes seconds; what is there is taken. Before, a few images go as through timm's class."""
+@pytest.fixture
+def nothing_built(monkeypatch, tmp_path):
+    """As at the first use on a machine; gives what makes it the next process."""
+
+    def forget():
+        for cached in (build.library, build._was_built):
+            cached.cache_clear()
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget()
+    yield forget
+    forget()
+
+
+@needs_compiler
+def test_the_evaluation_of_a_few_images_builds_nothing(calls, monkeypatch, tmp_path, nothing_built):
+    """Building takes seconds; what is there is taken. Before, a few images go as through timm's class."""
     monkeypatch.setattr(fast, "_LARGE", 8 * 32 * 8 * 8)
     monkeypatch.setattr(fast, "_MANY", 7 * fast._LARGE)  # a model of five maps comes to that when it is run again
     monkeypatch.setattr(fast, "_evaluated", 0)
     model = evaluated()
-    for cached in (build.library, build._was_built):
-        cached.cache_clear()
-    try:
-        for images, built in ((7, False), (7, False), (8, False), (8, True), (7, True)):
-            calls.clear()
-            x = torch.randn(images, 3, 16, 16)
-            with torch.no_grad():
-                logits = model(x)
-                assert built or images == 8 or torch.equal(logits, evaluated(TimmConvMixer)(x))
-            assert bool(calls) == built == any(tmp_path.rglob("*.so"))
-        for cached in (build.library, build._was_built):  # as in the next process
-            cached.cache_clear()
+    for images, built in ((7, False), (7, False), (8, False), (8, True), (7, True)):
         calls.clear()
+        x = torch.randn(images, 3, 16, 16)
         with torch.no_grad():
-            model(torch.randn(1, 3, 16, 16))
-        assert calls
-    finally:
-        build.library.cache_clear()
-        build._was_built.cache_clear()
+            logits = model(x)
+            assert built or images == 8 or torch.equal(logits, evaluated(TimmConvMixer)(x))
+        assert bool(calls) == built == any(tmp_path.rglob("*.so"))
+    nothing_built()
+    calls.clear()
+    with torch.no_grad():
+        model(torch.randn(1, 3, 16, 16))
+    assert calls
+
+
+@needs_compiler
+def test_a_checkpoint_computes_anew_what_it_computed(nothing_built):
+    """Layers in evaluation before one in training, which has the kernels built at its first step."""
+    model = small_model()
+    model.set_grad_checkpointing()
+    model.stem.eval()
+    model.blocks[0].eval()
+    train_step(model, torch.randn(4, 3, 16, 16))
 
 
 def test_one_switch_turns_it_off(calls):
