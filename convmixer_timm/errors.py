@@ -1,9 +1,11 @@
 """What goes wrong, told in one line by its cause: the disk, rights, the network or the Hub; with what to do."""
 
 import contextlib
+import difflib
 import errno
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,6 +18,7 @@ __all__ = [
     "HubError",
     "HubTimeout",
     "RunError",
+    "alike",
     "check_hub_settings",
     "file_in_place_of",
     "hub_reason",
@@ -68,6 +71,14 @@ def printable(text: object) -> str:
 def one_line(text: object) -> str:
     """A message, which may have several lines and colours, as one line that any terminal can show."""
     return printable(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split()))
+
+
+def alike(name: str, known: Iterable[str]) -> str:
+    """The end of a message on a wrong name: the one that it is like, or else, of a few, all."""
+    known = list(known)
+    if close := difflib.get_close_matches(name, known, 1):
+        return f": did you mean {close[0]}?"
+    return f": there are {', '.join(known)}" if 0 < len(known) <= 12 else ""
 
 
 def os_reason(error: OSError) -> str:

@@ -266,6 +266,8 @@ def _model(file: Path, name: str, args: dict[str, Any], state_dict: StateDict) -
             f"{file} has no classifier (head.weight and head.bias): it is a backbone, and classifies nothing"
         )
     check_sizes(args, state_dict, name)
+    if odd := [key for key, value in state_dict.items() if not value.isfinite().all()]:
+        raise ValueError(f"{file} has values that are no finite numbers in {odd[0]}: its training diverged")
     try:
         model = timm.create_model(name.split(".")[0], num_classes=shape.num_classes, in_chans=shape.in_chans, **args)
         model.load_state_dict(checkpoint_filter_fn(state_dict, model))

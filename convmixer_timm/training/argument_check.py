@@ -2,7 +2,7 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..checkpoints import Shape, checkpoint_filter_fn, read_checkpoint
-from ..errors import file_in_place_of, one_line
+from ..errors import alike, file_in_place_of, one_line
 from .data_check import Data, compare_names
 from .record import Model, Record, describe_model, stored_names
 
@@ -83,6 +83,14 @@ def _device(options: Namespace) -> None:
         raise ValueError("there is no GPU that this PyTorch can use: give --device cpu")
 
 
+# For those that are mistyped.
+_KNOWN: dict[str, Callable[[], list[Any]]] = {
+    "opt": timm.optim.list_optimizers,
+    "sched": lambda: ["cosine", "tanh", "step", "multistep", "plateau", "poly"],
+    "aa": lambda: ["rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original", "originalr", "v0", "v0r", "3a"],
+}
+
+
 # What is made of several arguments, in the order in which they are looked at; by timm's own functions.
 _MADE: dict[str, Callable[[Namespace], Any]] = {
     "device": _device,
@@ -93,8 +101,8 @@ _MADE: dict[str, Callable[[Namespace], Any]] = {
 }
 
 
-def check_values(options: Namespace) -> None:
-    """Raises ValueError for what ``train.py``'s parser lets pass."""
+def check_values(options: Namespace, made: Iterable[str] = tuple(_MADE)) -> None:
+    """Raises ValueError for what a script's parser lets pass, `made` of what is made of several arguments."""
     given = {name: value for name, value in vars(options).items() if value is not None}
 
     def refuse(name: str, wanted: str) -> None:
@@ -108,19 +116,24 @@ def check_values(options: Namespace) -> None:
             refuse(name, f"is {_LEAST[name]} or more")
         if name in _SHARES and number and not 0 <= value <= 1:
             refuse(name, "is a share, from 0 to 1")
+        if name == "crop_pct" and not 0 < value <= 1:
+            refuse(name, "is the share of the side that is looked at, above 0 and up to 1")
         if name in _PAIRS and len(value) != 2:
             refuse(name, "takes two numbers, the least and the greatest")
         if name == "input_size" and min(value) < 1:
             refuse(name, "is channels, height and width, each 1 or more")
     if any(given.get(name) for name in ("mixup", "cutmix", "cutmix_minmax")) and options.batch_size % 2:
         refuse("batch_size", "is even where images are mixed")
-    for name, make in _MADE.items():
+    for name in made:
         if name not in given or not given[name]:
             continue
         try:
-            make(options)
+            _MADE[name](options)
         except (ValueError, AssertionError, RuntimeError, TypeError, KeyError, NotImplementedError) as error:
-            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: {one_line(error)}") from error
+            reason = one_line(error).rstrip(".") or "timm can't read it"
+            known = _KNOWN[name]() if name in _KNOWN else []
+            hint = "" if given[name] in known else alike(str(given[name]), known)
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: {reason}{hint}") from error
 
 
 def passed_over(options: Namespace, defaults: Namespace) -> list[str]:

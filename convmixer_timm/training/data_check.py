@@ -89,7 +89,7 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
     Raises:
         ValueError: With one line that names what is wrong.
     """
-    _check_root(args)
+    check_root(args)
     if args.batch_size < 1:
         raise ValueError(f"a batch has 1 image or more, got {args.batch_size}: give -b a number")
     train = _Reading(args, args.train_split)
@@ -169,7 +169,7 @@ def check_evaluation_data(args: Namespace, classes: list[str] | None, recorded: 
     Raises:
         ValueError: With one line that names what is wrong.
     """
-    _check_root(args)
+    check_root(args)
     reading = _Reading(args, args.split)
     try:
         reading.check_layout()
@@ -224,6 +224,9 @@ class _Reading:
         self.dataset: Any = _open(args, split, self.where)
         self.reader: Any = getattr(self.dataset, "reader", self.dataset)
         self.iterable = isinstance(self.dataset, IterableDataset)
+        if self.kind == "hfds":
+            keys = (getattr(args, "input_key", None) or "image", getattr(args, "target_key", None) or "label")
+            self._check_columns(*keys)
         self.in_root = False
         self.samples: list[tuple[str, int]] = []
         if self.kind == "" or args.dataset.lower() in ("torch/image_folder", "torch/folder"):
@@ -237,6 +240,17 @@ class _Reading:
         except TypeError:
             self.images = None
         self.classes, self.count = _class_names(self.reader)
+
+    def _check_columns(self, images: str, targets: str) -> None:
+        """Raises ValueError where a set of Hugging Face's datasets has no such columns."""
+        rows = self.reader.dataset
+        absent = [name for name in targets.split(",") if name.partition(".")[0] not in rows.column_names]
+        option = "--target-key"
+        if len(rows) and rows[0][images] is None:  # datasets adds a column that it is asked to read
+            absent, option = [images], "--input-key"
+        if absent:
+            there = _listed([name for name in rows.column_names if name != absent[0]])
+            raise ValueError(f"{self.where} has no column {absent[0]}, it has {there}: name the right one by {option}")
 
     def _parts(self, path: str) -> list[str]:
         return path[len(self.where) :].strip(os.sep).split(os.sep)
@@ -303,6 +317,11 @@ class _Reading:
                 content, target = self._read(name, lambda i=i: self._item(i))
                 digest.update(content)
                 targets.append(target)
+        if named := [t for t in targets if isinstance(t, str)]:
+            raise ValueError(
+                f"{self.where} names its classes, {named[0]} say, where numbers are needed: name a column of numbers "
+                "by --target-key, or write the images into folders"
+            )
         count = self.count or self.given
         beyond = [t for t in targets if count and isinstance(t, int) and not 0 <= t < count]
         if beyond:
@@ -336,7 +355,8 @@ def _folders(where: str) -> set[str]:
         return {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
 
 
-def _check_root(args: Namespace) -> None:
+def check_root(args: Namespace) -> None:
+    """Raises ValueError where a script's arguments name no data, or a folder that isn't there."""
     args.data_dir = args.data_dir or args.data
     if args.data_dir is None and args.dataset.partition("/")[0].lower() not in ("hfds", "hfids", "tfds"):
         raise ValueError("no data: give --data-dir DIR")
@@ -372,11 +392,14 @@ def _open(args: Namespace, split: str, where: str) -> Any:
         package = (error.name or "").split(".")[0]
         raise ValueError(f"{where} needs the package {package}: pip install {package}") from error
     except Exception as error:  # every reader has its own
-        raise ValueError(f"{where} can't be read: {_reason(error)}") from error
+        mapped = f" by the class map {args.class_map}, which names a folder a line" if args.class_map else ""
+        cause = f": {_reason(error.__cause__)}" if error.__cause__ else ""
+        raise ValueError(f"{where} can't be read{mapped}: {_reason(error)}{cause}") from error
 
 
-def _reason(error: Exception) -> str:
-    return one_line(error) or type(error).__name__
+def _reason(error: BaseException) -> str:
+    reason = one_line(error) or type(error).__name__
+    return reason.replace("You can use download=True to download it", "--dataset-download downloads it")
 
 
 def _validation(args: Namespace) -> tuple[_Reading, str]:

@@ -13,7 +13,7 @@ import torch
 from ..checkpoints import read_checkpoint
 from .argument_check import check_evaluated_model, check_training_arguments, check_values, passed_over, scheduled_epochs
 from .compat import keep_best
-from .data_check import check_evaluation_data, check_training_data, left_out
+from .data_check import check_evaluation_data, check_root, check_training_data, left_out
 from .record import FILE, Record, reserve, stored_names, write_when_it_starts
 from .scripts import check_config, find_script, import_modules, read_config, run_script, script_flags, script_options
 
@@ -166,11 +166,15 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
         args = [*args, "--val-split", data.val_split]
     if options.num_classes is None and data.num_classes is not None:
         args = [*args, "--num-classes", str(data.num_classes)]
+    if recipe and _given(args, "--model") is None and not read_config(_recipe_file(recipe)).get("model"):
+        raise ValueError(f"{recipe} names no model, and train.py would take a ResNet: add a line, model: NAME")
     options = script_options(path, args)
     assert options is not None
     record = Record.of(options, data, recipe, processes)
     if note := check_training_arguments(options, record):
         _say(note)
+    if options.resume and not Path(options.resume).is_file():
+        raise ValueError(f"--resume {options.resume}: no such file")
     run = _earlier_run(options, recipe)
     resumed = Path(options.resume) if options.resume else None
     if checkpoint := resumed or (run and run / LAST):
@@ -276,21 +280,27 @@ def _epoch_of(checkpoint: Path) -> int:
 
 
 def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
-    """Arguments of a script that reads a run's checkpoint, with what the run's record tells of its model.
+    """Arguments of a script that trains nothing, with what this machine and a run's record tell: device and model.
 
     Args:
         path: ``validate.py``, ``inference.py``, ``onnx_export.py``, …
         args: Its arguments; they win.
 
     Raises:
-        ValueError: If ``validate.py``'s data can't be read or has other classes than the run.
+        ValueError: If arguments, model or data can't be read, or ``validate.py``'s data has other classes than the run.
     """
-    if "--checkpoint" not in path.read_text(encoding="utf-8"):
-        return args
     options = script_options(path, args)
+    if options is not None and "device" in options:
+        if _given(args, "--device") is None and _on_cpu(args):
+            args = ["--device", "cpu", *args]
+            options.device = "cpu"
+        check_values(options, ("device", "input_img_mode"))
     if options is None or "checkpoint" not in options:
         return args
     checkpoint = Path(options.checkpoint or "")
+    if options.checkpoint and checkpoint.is_dir():  # which validate.py takes for many
+        if path.stem != "validate" or not any(checkpoint.glob("*.pth*")):
+            raise ValueError(f"--checkpoint {checkpoint} is a folder: give a file, a run's {LAST} say")
     run = checkpoint if checkpoint.is_dir() else checkpoint.parent
     record = Record.read(run) if options.checkpoint else None
     if record:
@@ -298,11 +308,15 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
         if isinstance(epoch, int):  # averaged weights, say, tell none
             record = record.at(epoch)
         import_modules(record.args.get("device_modules"))
-        if added := told_by_record(record, script_flags(path)):
+        if added := told_by_record(record, script_flags(path), getattr(options, "dataset", "")):
             _say(f"From {run / FILE}: {' '.join(added)}")
         args = [*added, *args]
         options = script_options(path, args) or options
+    if path.stem == "validate" and not options.checkpoint:
+        options.pretrained = True  # as that script takes it
     check_evaluated_model(options)
+    if path.stem == "inference":
+        check_root(options)
     if path.stem == "validate":
         classes = record.data.classes if record else _pretrained_classes(options)
         if note := check_evaluation_data(options, classes, recorded=bool(record)):
@@ -312,17 +326,17 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
 
 def _pretrained_classes(options: Namespace) -> list[str] | None:
     """What a pretrained model calls its classes; None where it doesn't tell."""
-    if not getattr(options, "pretrained", False) or options.checkpoint:
-        return None
-    return stored_names(options.model)
+    one = ":" in options.model or timm.is_model(options.model)
+    return stored_names(options.model) if one and not options.checkpoint else None
 
 
-def told_by_record(record: Record, flags: set[str]) -> list[str]:
+def told_by_record(record: Record, flags: set[str], dataset: str = "") -> list[str]:
     """A run's model and its preprocessing as arguments of one of timm's scripts, as far as it has such.
 
     Args:
         record: The run's.
         flags: The script's.
+        dataset: What it reads; only of the run's own it is told the columns.
 
     Raises:
         ValueError: If the script makes a model and can't be told all of this one.
@@ -345,6 +359,7 @@ def told_by_record(record: Record, flags: set[str]) -> list[str]:
             )
     if "--label-type" in flags and record.data.classes:
         kwargs["pretrained_cfg_overlay"] = {"label_names": record.data.classes}
+    columns = record.args if dataset and dataset == record.args.get("dataset") else {}
     args: dict[str, Any] = {
         "--model": record.model.architecture,
         # timm splits each at its '='; others can only be in a text.
@@ -354,6 +369,8 @@ def told_by_record(record: Record, flags: set[str]) -> list[str]:
         "--std": told["std"],
         "--crop-pct": told["crop_pct"],
         "--interpolation": told["interpolation"],
+        "--input-key": columns.get("input_key") or [],
+        "--target-key": columns.get("target_key") or [],
         "--input-img-mode": record.args.get("input_img_mode") or [],
         "--in-chans": channels,
         # Another size of the user's own, given by either option, counts more than one by --img-size.

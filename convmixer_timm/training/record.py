@@ -18,7 +18,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import load_model_config_from_hf
 
-from ..errors import NETWORK, HubError, RunError, hub_reason, one_line, os_reason
+from ..errors import DISK, NETWORK, HubError, RunError, alike, hub_reason, one_line, os_reason
 from ..files import atomic_path
 from ..images import fit_channels
 from ..inference.loading import split_name
@@ -226,7 +226,8 @@ def describe_model(args: Namespace) -> Model:
             raise ValueError(f"--model {args.model} can't be read: {one_line(error)}") from error
         raise HubError(f"{args.model}: {hub_reason(error)}: try again later, or check the name") from error
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
-        raise ValueError(f"--model {args.model} can't be made: {one_line(error)}") from error
+        known = [] if ":" in args.model or timm.is_model(args.model) else timm.list_models()
+        raise ValueError(f"--model {args.model} can't be made: {one_line(error)}{alike(args.model, known)}") from error
     try:
         preprocessing = fit_channels(resolve_data_config(given, model=model))
     except AssertionError as error:
@@ -319,9 +320,8 @@ def write_when_it_starts(record: Record) -> None:
             reserve(folder)
             record.write(folder)
         except OSError as error:
-            raise RunError(
-                f"{error.filename or 'the output folder'}: {os_reason(error)}: give another --output"
-            ) from error
+            todo = "free some space, and go on" if error.errno in DISK else "give another --output"
+            raise RunError(f"{error.filename or 'the output folder'}: {os_reason(error)}: {todo}") from error
         except ValueError as error:
             raise RunError(one_line(error)) from error
         return str(folder)

@@ -3,7 +3,6 @@
 They live at the top of timm's repository and are not in its wheel.
 """
 
-import difflib
 import importlib
 import os
 import runpy
@@ -18,7 +17,7 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
-from ..errors import local_cause, local_reason, one_line
+from ..errors import alike, local_cause, local_reason, one_line
 from ..files import atomic_path, cache_dir
 from .compat import mend_cpu_ddp, mend_mixup_off, mend_summary
 from .decoding import use_one_reader
@@ -138,8 +137,7 @@ def check_config(path: Path, file: Path) -> None:
     options: dict[Any, Any] = {action.dest: action for action in _module(path)["parser"]._actions}
     for name, value in read_config(file).items():
         if name not in options:
-            close = difflib.get_close_matches(str(name).replace("-", "_"), options, 1)
-            meant = f": did you mean {close[0]}?" if close else ""
+            meant = alike(str(name).replace("-", "_"), options)
             raise ValueError(f"{file}: {path.name} has no setting {name!r}{meant}")
         option = options[name]
         if value is None and option.default is None:

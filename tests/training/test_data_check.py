@@ -13,6 +13,8 @@ from PIL import Image
 
 from convmixer_timm.training.data_check import _class_names, check_evaluation_data, check_training_data, left_out
 
+from ..conftest import IMAGES
+
 DEFAULTS = {
     "data": None,
     "dataset": "",
@@ -270,6 +272,26 @@ def test_hugging_faces_data_sets(tmp_path):
     assert check(tmp_path / "cache", dataset=f"hfds/{tmp_path / 'tested'}").val_split == "test"
     with pytest.raises(ValueError, match="Unknown split"):
         check(tmp_path / "cache", dataset=f"hfds/{tmp_path / 'tested'}", val_split="other")
+
+
+@pytest.mark.parametrize(
+    "columns, keys, message",
+    [
+        (("img", "label"), {}, "has no column image, it has img, label: name the right one by --input-key"),
+        (("image", "kind"), {}, "has no column label, it has image, kind: name the right one by --target-key"),
+        (("img", "kind"), {"input_key": "img", "target_key": "kind"}, "names its classes, ant say, where numbers are"),
+    ],
+)
+def test_columns_of_hugging_faces_data_sets(columns, keys, message, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    picture = sorted(IMAGES.glob("*/*.png"))[0]
+    for split in ("train", "validation"):
+        rows = datasets.Dataset.from_dict({columns[0]: [str(picture)] * 4, columns[1]: ["ant", "bee"] * 2})
+        rows.cast_column(columns[0], datasets.Image()).to_parquet(folder / f"{split}-00000.parquet")
+    with pytest.raises(ValueError, match=message):
+        check(tmp_path / "cache", dataset=f"hfds/{folder}", num_classes=2, **keys)
 
 
 def test_a_reader_that_tells_no_classes_is_said_not_to_be_checked(tmp_path):

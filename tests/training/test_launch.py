@@ -2,19 +2,21 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from convmixer_timm.cli import main
-from convmixer_timm.training.launch import RECIPES, recipes, train_arguments
+from convmixer_timm.training.launch import RECIPES, prepare_evaluation, recipes, train_arguments
 from convmixer_timm.training.scripts import check_config
 
-from ..conftest import torchrun
+from ..conftest import IMAGES, torchrun
 from .conftest import run, summary
 
 SMALL = "--model convmixer_128_4.e25_cifar10 -b 10 --val-split validation --device cpu -j 1".split()
@@ -98,6 +100,36 @@ def test_a_recipe_that_is_none_is_named(text, tmp_path, capsys):
     assert main(["train", str(own)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert str(own) in line
+
+
+def test_a_recipe_without_a_model_is_named(timm_scripts, data, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("epochs: 1\nbatch_size: 10\n")
+    argv = ["train", "--timm-scripts", str(timm_scripts), str(tmp_path / "own.yaml"), "--data-dir", str(data)]
+    assert main(argv) == 1
+    assert "own.yaml names no model" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_script_gets_a_cpu_where_there_is_no_gpu(tmp_path):
+    script = tmp_path / "benchmark.py"
+    script.write_text(
+        "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--device', default='cuda')\n"
+    )
+    assert prepare_evaluation(script, []) == ["--device", "cpu"]
+    assert prepare_evaluation(script, ["--dev", "cpu"]) == ["--dev", "cpu"]
+    with pytest.raises(ValueError, match="there is no GPU"):
+        prepare_evaluation(script, ["--device", "cuda"])
+
+
+def test_what_is_evaluated_without_a_checkpoint_is_pretrained(timm_scripts, tmp_path, capsys):
+    for name in ("ant", "bee"):
+        (tmp_path / "validation" / name).mkdir(parents=True)
+        shutil.copy(next(IMAGES.glob("*/*.png")), tmp_path / "validation" / name)
+    run_script = ["run", "--timm-scripts", str(timm_scripts)]
+    assert main([*run_script, "validate", "--model", "convmixer_128_4.e25_cifar10", "--data-dir", str(tmp_path)]) == 1
+    assert "its accuracy would be that of wrong names" in capsys.readouterr().err
+    assert main([*run_script, "inference", "--model", "convmixer_128_4", "--data-dir", str(tmp_path / "none")]) == 1
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_unknown_recipe_is_named(capsys):
