@@ -16,14 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    DropPath,
-    SelectAdaptivePool2d,
-    calculate_drop_path_rates,
-    drop_path,
-    get_act_layer,
-    get_norm_layer,
-)
+from timm.layers import DropPath, SelectAdaptivePool2d, drop_path, get_act_layer, get_norm_layer
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -154,7 +147,7 @@ class ConvMixer(nn.Module):
             act(),
             norm(dim, **dd),
         )
-        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)  # whose type admits lists for stages
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]  # timm's function fails on fake tensors
         self.blocks = nn.Sequential(
             *[
                 Block(

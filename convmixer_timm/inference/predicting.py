@@ -123,6 +123,6 @@ def predict_files(
         failed.append(path)
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
 
-    watched = sys.stderr.isatty() and len(paths) > batch_size
+    watched = sys.stderr is not None and sys.stderr.isatty() and len(paths) > batch_size
     progress = tqdm(paths, unit="img", disable=not watched)
     return predict(model, progress, topk, batch_size, on_error=report), failed

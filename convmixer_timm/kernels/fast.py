@@ -28,6 +28,9 @@ __all__ = ["Block", "ConvActNorm", "GlobalPool", "Residual", "as_given", "settle
 # timm's GELU is always the exact one; a user's own subclass may compute anything.
 _GELUS = (nn.GELU, get_act_layer("gelu"))
 
+# Whether oneDNN computes in fp16 here.
+_HAS_FP16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
 # Evaluation has the kernels built once it has taken about as long as that: after so many values in feature maps, which
 # are some 2000 images of 32 pixels by ConvMixer-256/8. Small maps don't count: who has single images waits for each.
 _LARGE, _MANY = 1 << 20, 1 << 31
@@ -50,7 +53,7 @@ class _Layer(nn.Module):
             return super().__call__(*args, **kwargs)
         if not gpu.is_gpu(x):
             memory.keep_freed()
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = _turned(x)
         return self._fast(x)
 
     def _fast(self, x: Tensor) -> Tensor:
@@ -107,6 +110,27 @@ class GlobalPool(_Layer):
         return self.forward(x)
 
 
+class _Turn(torch.autograd.Function):
+    """To channels-last, with a gradient in the usual layout: PyTorch's passes it on as it lies."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous()
+
+
+def _turned(x: Tensor) -> Tensor:
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        turned: Tensor = _Turn.apply(x)  # type: ignore[no-untyped-call]
+        return turned
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def settle(x: Tensor) -> None:
     """Has the kernels built, if they can be, before layers run that a checkpoint computes anew: a layer in evaluation
     would go another way then, if a layer in training had them built in between."""
@@ -145,7 +169,8 @@ def _runs_here(x: Tensor) -> bool:
     a GPU whose kernels are wanted."""
     if not build.enabled() or not _plain(x) or torch.jit.is_tracing():
         return False
-    if x.dtype == torch.float64:  # oneDNN has none, and PyTorch's own operations are slower in channels-last
+    # Of types that oneDNN hasn't here PyTorch's own operations are slower in channels-last.
+    if x.dtype == torch.float64 or (x.is_cpu and _precision(x) == torch.float16 and not _HAS_FP16):
         return False
     if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled()):
         return False  # an exported program is for anywhere; inference is left to the compiler
@@ -153,6 +178,11 @@ def _runs_here(x: Tensor) -> bool:
     if not (on_gpu or x.is_cpu) or x.dim() != 4 or x.numel() == 0 or build.transformed():
         return False
     return not on_gpu or gpu.takes(x)
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    """The type that a convolution of `x` computes in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def untouched(*modules: nn.Module) -> bool:
@@ -277,8 +307,7 @@ def _mixes(conv: nn.Module, x: Tensor, norm: nn.BatchNorm2d) -> TypeGuard[nn.Con
             return False
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, conv.weight, conv.bias, norm.weight, norm.bias)):
         return False
-    autocast = torch.is_autocast_enabled("cpu")
-    return x.dtype == (torch.get_autocast_dtype("cpu") if autocast else conv.weight.dtype)
+    return x.dtype == (_precision(x) if torch.is_autocast_enabled("cpu") else conv.weight.dtype)
 
 
 def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:

@@ -15,5 +15,5 @@ def way(request, monkeypatch):
     if request.param == "no compiler":
         monkeypatch.setattr(build, "library", functools.cache(lambda: None))
     elif not HAS_COMPILER:
-        pytest.skip("no C++ compiler on this machine")
+        pytest.skip("no C++ compiler with OpenMP on this machine")
     return request.param

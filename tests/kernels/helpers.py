@@ -1,15 +1,23 @@
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 
-# Not whether the kernels can be built: kernels that no longer compile are to fail.
-HAS_COMPILER = sys.platform.startswith("linux") and any(
-    map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))
-)
-needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
+
+def has_openmp(compiler: str) -> bool:
+    """Whether a compiler, with its arguments, takes a program with OpenMP. Kernels that it doesn't take are to fail."""
+    if not sys.platform.startswith("linux") or not compiler:
+        return False
+    command = [*shlex.split(compiler), "-fopenmp", "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input="#include <omp.h>\n", text=True, capture_output=True).returncode == 0
+
+
+HAS_COMPILER = has_openmp(os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), ""))
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler with OpenMP on this machine")
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

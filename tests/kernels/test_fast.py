@@ -199,6 +199,44 @@ def test_gradients_of_an_evaluation_are_timms(autocast):
         assert relative(ours, exact) < (0.03 if autocast else max(1e-5, 2 * relative(theirs, exact)))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_images_gradient_has_their_layout(way, training):
+    model = small_model().train(training)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(4, 3, 16, 16).to(memory_format=memory_format).requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x)
+        assert grad.is_contiguous(memory_format=memory_format)
+    features = torch.randn(4, 32, 8, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(model.forward_head(features).sum(), features)
+    grad.view(4, -1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("act_layer", [nn.GELU, nn.ReLU])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_gradient_through_a_frozen_model_is_timms(calls, act_layer, autocast):
+    x = torch.randn(4, 3, 16, 16)
+    found = []
+    for model in (evaluated(act_layer=act_layer), *[evaluated(TimmConvMixer, act_layer=act_layer) for _ in range(2)]):
+        exact = len(found) == 2
+        model = (model.double() if exact else model).requires_grad_(False)
+        images = (x.double() if exact else x).clone().requires_grad_()
+        train_step(model, images, autocast and not exact)
+        found.append(images.grad)
+    assert "act_norm_inference" in calls
+    assert relative(found[0], found[2]) < max(1e-5, 1.5 * relative(found[1], found[2]))
+
+
+@pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="the processor has fp16")
+def test_fp16_is_left_to_timms_layout(calls):
+    x = torch.randn(2, 3, 16, 16)
+    model = small_model()
+    train_step(model.half(), x.half(), False)
+    assert model.stem(x.half()).is_contiguous() and not calls
+    with torch.autocast("cpu", torch.float16):
+        assert small_model().stem(x).is_contiguous() and not calls
+
+
 @pytest.fixture
 def nothing_built(monkeypatch, tmp_path):
     """As at the first use on a machine; gives what makes it the next process."""
