@@ -225,8 +225,8 @@ class _Reading:
         self.reader: Any = getattr(self.dataset, "reader", self.dataset)
         self.iterable = isinstance(self.dataset, IterableDataset)
         if self.kind == "hfds":
-            keys = (getattr(args, "input_key", None) or "image", getattr(args, "target_key", None) or "label")
-            self._check_columns(*keys)
+            told = [getattr(args, name, None) for name in ("input_key", "target_key")]
+            self._check_columns(told[0] or "image", told[1] or "label")
         self.in_root = False
         self.samples: list[tuple[str, int]] = []
         if self.kind == "" or args.dataset.lower() in ("torch/image_folder", "torch/folder"):

@@ -289,6 +289,9 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
     Raises:
         ValueError: If arguments, model or data can't be read, or ``validate.py``'s data has other classes than the run.
     """
+    text = path.read_text(encoding="utf-8")
+    if "--device" not in text and "--checkpoint" not in text:
+        return args
     options = script_options(path, args)
     if options is not None and "device" in options:
         if _given(args, "--device") is None and _on_cpu(args):
@@ -317,7 +320,7 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
     check_evaluated_model(options)
     if path.stem == "inference":
         check_root(options)
-    if path.stem == "validate":
+    elif path.stem == "validate":
         classes = record.data.classes if record else _pretrained_classes(options)
         if note := check_evaluation_data(options, classes, recorded=bool(record)):
             _say(note)
