@@ -14,10 +14,12 @@ DEFAULT_MODEL = "convmixer_256_8.e100_cifar10"
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return value
+    try:
+        if (value := int(text)) >= 1:
+            return value
+    except ValueError:  # of which argparse would name this function
+        pass
+    raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -122,7 +124,10 @@ def _page(args: argparse.Namespace) -> int:
 
 
 def _layers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers with commas between them, got {text}") from None
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -274,7 +274,10 @@ def _from_array(source: Any) -> Image.Image:
     values = np.asarray(source)
     if values.ndim not in (2, 3) or values.shape[2:] not in ((), (1,), (3,), (4,)):
         got = f"{list(values.shape)}" if values.ndim else f"a {type(source).__name__}"
-        hint = "; a batch that is preprocessed goes to the model itself" if values.shape[-3:-2] in ((1,), (3,)) else ""
+        hint = ""
+        if values.shape[-3:-2] in ((1,), (3,)):
+            one = "" if values.ndim > 3 else "; permute(1, 2, 0) makes it of a tensor [3, H, W]"
+            hint = f"{one}; a batch that is preprocessed goes to the model itself"
         raise ValueError(f"an image is a path, a PIL image or an array [H, W, 3], got {got}{hint}")
     _check_size(values.shape[1], values.shape[0])
     _check_range(values)

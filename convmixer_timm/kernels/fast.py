@@ -169,12 +169,12 @@ def _runs_here(x: Tensor) -> bool:
     a GPU whose kernels are wanted."""
     if not build.enabled() or not _plain(x) or torch.jit.is_tracing():
         return False
+    on_gpu = gpu.is_gpu(x)
     # Of types that oneDNN hasn't here PyTorch's own operations are slower in channels-last.
-    if x.dtype == torch.float64 or (x.is_cpu and _precision(x) == torch.float16 and not _HAS_FP16):
+    if x.dtype == torch.float64 or (not on_gpu and _precision(x) == torch.float16 and not _HAS_FP16):
         return False
     if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled()):
         return False  # an exported program is for anywhere; inference is left to the compiler
-    on_gpu = gpu.is_gpu(x)
     if not (on_gpu or x.is_cpu) or x.dim() != 4 or x.numel() == 0 or build.transformed():
         return False
     return not on_gpu or gpu.takes(x)
