@@ -39,7 +39,7 @@ def check(classes=("ant", "bee"), **given):
         ({"opt": "nope"}, "--opt nope: Optimizer nope not found"),
         ({"opt": "adamww"}, "not found in registry: did you mean adamw?"),
         ({"opt": "adamw", "opt_betas": [0.9, 7.0]}, "--opt adamw: Invalid beta"),
-        ({"sched": "nope"}, "--sched nope: Unknown scheduler 'nope': there are cosine, tanh, step,"),
+        ({"sched": "nope"}, ": there are cosine, tanh, step, multistep, plateau, poly"),
         ({"sched": "none"}, "--sched none: train.py needs one"),
         ({"aa": "nonsense"}, "--aa nonsense: Unknown AA policy"),
         ({"aa": "randaug"}, "--aa randaug: timm can't read it: there are rand-m9-mstd0.5-inc1,"),
