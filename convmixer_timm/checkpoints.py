@@ -28,7 +28,7 @@ import torch.nn as nn
 from .errors import one_line
 from .files import atomic_path
 
-__all__ = ["Shape", "check_sizes", "checkpoint_filter_fn", "convert", "read_checkpoint", "to_timm_layout"]
+__all__ = ["Shape", "check_sizes", "checkpoint_filter_fn", "convert", "not_finite", "read_checkpoint", "to_timm_layout"]
 
 # In an order in which no key ends like that of a layout before it.
 _MARKERS = {
@@ -213,6 +213,11 @@ def check_sizes(said: dict[str, Any], state_dict: StateDict, source: str | Path)
     for name, value in said.items():
         if isinstance(value, int) and name in found and value not in (found[name], 0):
             raise ValueError(f"{source} says {name} {value}, and the weights have {found[name]}")
+
+
+def not_finite(state_dict: StateDict) -> list[str]:
+    """Names of the tensors that hold an infinity or no number."""
+    return [key for key, value in state_dict.items() if not value.isfinite().all()]
 
 
 def read_checkpoint(path: str | Path) -> StateDict:

@@ -25,6 +25,7 @@ __all__ = [
     "hub_status",
     "local_cause",
     "local_reason",
+    "nearest",
     "one_line",
     "os_reason",
     "printable",
@@ -88,10 +89,15 @@ def os_reason(error: OSError) -> str:
     return (error.strerror or os.strerror(error.errno or 0)).lower()
 
 
+def nearest(path: Path) -> Path:
+    """What there is of a path: itself, or what lies nearest above it."""
+    return next((there for there in (path, *path.parents) if there.exists()), Path())
+
+
 def file_in_place_of(folder: Path) -> Path | None:
     """The file that stands where a folder is to be, or one above it; None where no file is in the way."""
-    there = next((path for path in (folder, *folder.parents) if path.exists()), None)
-    return None if there is None or there.is_dir() else there
+    there = nearest(folder)
+    return None if there.is_dir() else there
 
 
 def local_cause(error: BaseException | None) -> OSError | None:

@@ -79,7 +79,8 @@ def folder_beside(path: Path) -> Iterator[Path]:
     """A temporary folder on the disk of `path`, whose own folder is made where it isn't there.
 
     Raises:
-        OSError: If it can't be written there; it names `path`, whatever the library that wrote raised.
+        OSError: If it can't be written there; it names `path`, whatever the library that wrote raised, or the file that
+            stands in a folder's place.
     """
     inside = str(path.parent / ".tmp-")
     if blocker := file_in_place_of(path.parent):

@@ -11,7 +11,15 @@ from typing import Any, ParamSpec
 import timm
 import yaml
 
-from ..checkpoints import Shape, StateDict, check_sizes, checkpoint_filter_fn, read_checkpoint, to_timm_layout
+from ..checkpoints import (
+    Shape,
+    StateDict,
+    check_sizes,
+    checkpoint_filter_fn,
+    not_finite,
+    read_checkpoint,
+    to_timm_layout,
+)
 from ..convmixer import CIFAR10_LABELS, ConvMixer
 from ..errors import one_line
 from ..files import as_text
@@ -266,7 +274,7 @@ def _model(file: Path, name: str, args: dict[str, Any], state_dict: StateDict) -
             f"{file} has no classifier (head.weight and head.bias): it is a backbone, and classifies nothing"
         )
     check_sizes(args, state_dict, name)
-    if odd := [key for key, value in state_dict.items() if not value.isfinite().all()]:
+    if odd := not_finite(state_dict):
         raise ValueError(f"{file} has values that are no finite numbers in {odd[0]}: its training diverged")
     try:
         model = timm.create_model(name.split(".")[0], num_classes=shape.num_classes, in_chans=shape.in_chans, **args)

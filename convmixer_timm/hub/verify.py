@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import CacheNotFound, constants, scan_cache_dir, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints import checkpoint_filter_fn, read_checkpoint
+from ..checkpoints import checkpoint_filter_fn, not_finite, read_checkpoint
 from ..convmixer import WEIGHTS_DIR
 from ..errors import one_line
 from ..files import cached_sha256, sha256
@@ -119,8 +119,7 @@ def verify(name: str, files: dict[str, Path] | None = None) -> None:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise ValueError(f"{file} doesn't fit {name}: {error}") from error
-    infinite = [key for key, value in state_dict.items() if not value.isfinite().all()]
-    if infinite:
+    if infinite := not_finite(state_dict):
         raise ValueError(f"{file} has values that are not finite in {', '.join(infinite)}")
     if recorded:
         difference = (torch.tensor(_logits(model)) - torch.tensor(recorded["logits"])).abs().max().item()

@@ -68,13 +68,10 @@ def _inference_backward(ctx, grad):
         x_grad, gamma_grad, beta_grad = _pytorch_grads(ctx, x, gamma, grad, mean, var)
     else:  # of a frozen model, for its input: the norm only scales
         scaled = (grad * (gamma * (var + ctx.eps).rsqrt()).view(-1, 1, 1)).to(x.dtype)
-        backward = torch.ops.aten.gelu_backward if ctx.gelu else _relu_backward
-        x_grad, gamma_grad, beta_grad = backward(scaled, x), None, None
+        aten = torch.ops.aten
+        x_grad = aten.gelu_backward(scaled, x) if ctx.gelu else aten.threshold_backward(scaled, x, 0)
+        gamma_grad = beta_grad = None
     return x_grad, grad if ctx.has_shortcut else None, gamma_grad, beta_grad, None, None, None, None
-
-
-def _relu_backward(grad, x):
-    return torch.ops.aten.threshold_backward(grad, x, 0)
 
 
 def _pytorch_grads(ctx, x, gamma, grad, mean, var):

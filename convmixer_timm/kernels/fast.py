@@ -123,9 +123,8 @@ class _Turn(torch.autograd.Function):
 
 
 def _turned(x: Tensor) -> Tensor:
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    lies_so = x.is_contiguous(memory_format=torch.channels_last)
+    if x.requires_grad and not lies_so and not torch.compiler.is_compiling():
         turned: Tensor = _Turn.apply(x)  # type: ignore[no-untyped-call]
         return turned
     return x.contiguous(memory_format=torch.channels_last)
@@ -171,7 +170,7 @@ def _runs_here(x: Tensor) -> bool:
         return False
     on_gpu = gpu.is_gpu(x)
     # Of types that oneDNN hasn't here PyTorch's own operations are slower in channels-last.
-    if x.dtype == torch.float64 or (not on_gpu and _precision(x) == torch.float16 and not _HAS_FP16):
+    if x.dtype == torch.float64 or (not _HAS_FP16 and not on_gpu and _precision(x) == torch.float16):
         return False
     if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled()):
         return False  # an exported program is for anywhere; inference is left to the compiler
@@ -181,7 +180,7 @@ def _runs_here(x: Tensor) -> bool:
 
 
 def _precision(x: Tensor) -> torch.dtype:
-    """The type that a convolution of `x` computes in."""
+    """The type that a convolution takes `x`, features or weights, in."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
@@ -307,7 +306,7 @@ def _mixes(conv: nn.Module, x: Tensor, norm: nn.BatchNorm2d) -> TypeGuard[nn.Con
             return False
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, conv.weight, conv.bias, norm.weight, norm.bias)):
         return False
-    return x.dtype == (_precision(x) if torch.is_autocast_enabled("cpu") else conv.weight.dtype)
+    return x.dtype == _precision(conv.weight)
 
 
 def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:

@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..checkpoints import Shape, checkpoint_filter_fn, read_checkpoint
-from ..errors import alike, file_in_place_of, one_line
+from ..errors import alike, nearest, one_line
 from .data_check import Data, compare_names
 from .record import Model, Record, describe_model, stored_names
 
@@ -177,9 +177,9 @@ def _check_channels(options: Namespace, record: Record) -> None:
 
 def _check_output(options: Namespace) -> None:
     folder = Path(options.output or "output/train").resolve()
-    if blocker := file_in_place_of(folder):
-        raise ValueError(f"{blocker} is a file: give another --output")
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = nearest(folder)
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file: give another --output")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{there} can't be written to: give another --output")
 

@@ -173,10 +173,10 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     record = Record.of(options, data, recipe, processes)
     if note := check_training_arguments(options, record):
         _say(note)
-    if options.resume and not Path(options.resume).is_file():
-        raise ValueError(f"--resume {options.resume}: no such file")
-    run = _earlier_run(options, recipe)
     resumed = Path(options.resume) if options.resume else None
+    if resumed and not resumed.is_file():
+        raise ValueError(f"--resume {resumed}: no such file")
+    run = _earlier_run(options, resumed, recipe)
     if checkpoint := resumed or (run and run / LAST):
         start, epochs = 1 + _epoch_of(checkpoint), scheduled_epochs(options)
         if options.start_epoch is not None:
@@ -209,7 +209,7 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     return args
 
 
-def _earlier_run(options: Namespace, recipe: str) -> Path | None:
+def _earlier_run(options: Namespace, resumed: Path | None, recipe: str) -> Path | None:
     """The folder that a training goes to, if a run is there already.
 
     Raises:
@@ -218,7 +218,6 @@ def _earlier_run(options: Namespace, recipe: str) -> Path | None:
     if not options.experiment:
         return None
     run = Path(options.output or "output/train") / options.experiment
-    resumed = Path(options.resume) if options.resume else None
     if (run / LAST).exists():
         if not (resumed.parent.resolve() == run.resolve() if resumed else recipe):
             raise ValueError(

@@ -227,7 +227,7 @@ def test_the_gradient_through_a_frozen_model_is_timms(calls, act_layer, autocast
     assert relative(found[0], found[2]) < max(1e-5, 1.5 * relative(found[1], found[2]))
 
 
-@pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="the processor has fp16")
+@pytest.mark.skipif(fast._HAS_FP16, reason="the processor has fp16")
 def test_fp16_is_left_to_timms_layout(calls):
     x = torch.randn(2, 3, 16, 16)
     model = small_model()

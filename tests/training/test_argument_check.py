@@ -39,6 +39,7 @@ def check(classes=("ant", "bee"), **given):
         ({"opt": "nope"}, "--opt nope: Optimizer nope not found"),
         ({"opt": "adamww"}, "not found in registry: did you mean adamw?"),
         ({"opt": "adamw", "opt_betas": [0.9, 7.0]}, "--opt adamw: Invalid beta"),
+        ({"sched": "nope"}, "--sched nope: "),
         ({"sched": "nope"}, ": there are cosine, tanh, step, multistep, plateau, poly"),
         ({"sched": "none"}, "--sched none: train.py needs one"),
         ({"aa": "nonsense"}, "--aa nonsense: Unknown AA policy"),
