@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import get_act_layer
+from timm.layers import drop_path, get_act_layer
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -28,8 +28,13 @@ __all__ = ["Block", "ConvActNorm", "GlobalPool", "Residual", "as_given", "settle
 # timm's GELU is always the exact one; a user's own subclass may compute anything.
 _GELUS = (nn.GELU, get_act_layer("gelu"))
 
-# Whether oneDNN computes in fp16 here.
-_HAS_FP16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+# Types that oneDNN doesn't compute in on this processor, bf16 before AVX-512 say: PyTorch's own loops take ten times as
+# long in them as it does in fp32.
+_SLOW = {
+    dtype
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+    if not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+}
 
 # Evaluation has the kernels built once it has taken about as long as that: after so many values in feature maps, which
 # are some 2000 images of 32 pixels by ConvMixer-256/8. Small maps don't count: who has single images waits for each.
@@ -82,13 +87,17 @@ class Residual(_Layer):
 
 
 class Block(_Layer):
-    """Before a sequence of spatial mixing, convolution, activation and norm, without a residual around the latter."""
+    """Before a sequence of spatial mixing, convolution, activation and norm, the latter with or without a `residual`,
+    with stochastic depth at `drop_rate`."""
 
     def _fast(self, x):
-        if self.residual or len(self) != 4:
+        if len(self) != 4:
             return self.forward(x)
-        spatial, conv, act, norm = self
-        return _conv_act_norm(spatial(x), conv, act, norm)
+        spatial, *channel = self
+        x = spatial(x)
+        if self.residual and self.training and self.drop_rate > 0:
+            return drop_path(_conv_act_norm(x, *channel), self.drop_rate, training=True) + x
+        return _conv_act_norm(x, *channel, residual=self.residual)
 
 
 class GlobalPool(_Layer):
@@ -155,7 +164,7 @@ def _is_little(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return x.numel() < _LARGE and not build.available(build=False)
+    return x.numel() < _LARGE and not build.available(build=False) and _precision(x) not in _SLOW
 
 
 def _plain(t: Tensor) -> bool:
@@ -169,11 +178,12 @@ def _runs_here(x: Tensor) -> bool:
     if not build.enabled() or not _plain(x) or torch.jit.is_tracing():
         return False
     on_gpu = gpu.is_gpu(x)
-    # Of types that oneDNN hasn't here PyTorch's own operations are slower in channels-last.
-    if x.dtype == torch.float64 or (not _HAS_FP16 and not on_gpu and _precision(x) == torch.float16):
+    if x.dtype == torch.float64:  # which oneDNN hasn't: PyTorch's own operations are slower in channels-last
         return False
-    if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled()):
-        return False  # an exported program is for anywhere; inference is left to the compiler
+    if torch.compiler.is_compiling():
+        is_slow = not on_gpu and _precision(x) in _SLOW
+        if torch.compiler.is_exporting() or not (torch.is_grad_enabled() or is_slow):
+            return False  # an exported program is for anywhere; inference is left to the compiler
     if not (on_gpu or x.is_cpu) or x.dim() != 4 or x.numel() == 0 or build.transformed():
         return False
     return not on_gpu or gpu.takes(x)
@@ -262,9 +272,26 @@ def _embeds_patches(conv: nn.Conv2d) -> bool:
 
 
 def _convolution(x: Tensor, conv: nn.Module) -> Tensor:
-    if torch.is_grad_enabled() and _is_depthwise(conv) and conv.weight.requires_grad:
-        return depthwise_conv2d(x, conv.weight, conv.bias)
-    return conv(x)
+    if _widens(conv, x):
+        convolve = depthwise_conv2d if _is_trained_depthwise(conv) else conv._conv_forward
+        with torch.autocast("cpu", enabled=False):
+            z = convolve(x.float(), conv.weight.float(), None if conv.bias is None else conv.bias.float())
+        return z.to(_precision(x))
+    return depthwise_conv2d(x, conv.weight, conv.bias) if _is_trained_depthwise(conv) else conv(x)
+
+
+def _is_trained_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return torch.is_grad_enabled() and _is_depthwise(conv) and conv.weight.requires_grad
+
+
+def _widens(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether fp32 may stand for the type that the convolution would compute in, and is faster."""
+    if _precision(x) not in _SLOW or type(conv) is not nn.Conv2d or not _plain(conv.weight) or not untouched(conv):
+        return False
+    types = {t.dtype for t in (x, conv.weight, conv.bias) if t is not None}
+    if torch.is_autocast_enabled("cpu"):
+        return torch.float64 not in types
+    return len(types) == 1  # PyTorch says what is wrong
 
 
 def _is_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:

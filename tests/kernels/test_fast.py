@@ -1,6 +1,7 @@
 """When a model's layers run on the kernels, and that nobody sees it but in the time."""
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from convmixer_timm import ConvMixer, set_fast_training
 from convmixer_timm.kernels import build, fast
 
-from .helpers import needs_compiler, relative
+from .helpers import HAS_COMPILER, needs_compiler, relative
 
 
 def small_model(cls=ConvMixer, **kwargs):
@@ -108,8 +109,9 @@ def test_create_graph_works_under_autocast():
 @needs_compiler
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_plain_loop_runs_on_the_kernels(calls, memory_format, autocast):
-    model = small_model().to(memory_format=memory_format)
+@pytest.mark.parametrize("kwargs", [{}, {"pointwise_residual": True}])
+def test_a_plain_loop_runs_on_the_kernels(calls, memory_format, autocast, kwargs):
+    model = small_model(**kwargs).to(memory_format=memory_format)
     train_step(model, torch.randn(4, 3, 16, 16).to(memory_format=memory_format), autocast)
     # stem, then a spatial and a channel mixing a layer; under autocast the stem's output is bf16 too
     assert calls == ["act_norm", *["spatial_mixing", "act_norm"] * 2]
@@ -227,14 +229,91 @@ def test_the_gradient_through_a_frozen_model_is_timms(calls, act_layer, autocast
     assert relative(found[0], found[2]) < max(1e-5, 1.5 * relative(found[1], found[2]))
 
 
-@pytest.mark.skipif(fast._HAS_FP16, reason="the processor has fp16")
-def test_fp16_is_left_to_timms_layout(calls):
-    x = torch.randn(2, 3, 16, 16)
-    model = small_model()
-    train_step(model.half(), x.half(), False)
-    assert model.stem(x.half()).is_contiguous() and not calls
-    with torch.autocast("cpu", torch.float16):
-        assert small_model().stem(x).is_contiguous() and not calls
+# ---- types that the processor has no instructions for ----
+
+
+@pytest.fixture(params=["kernels", "no compiler", "few images"])
+def no_instructions(request, monkeypatch):
+    """As on a processor that has neither bf16 nor fp16."""
+    monkeypatch.setattr(fast, "_SLOW", {torch.bfloat16, torch.float16})
+    if request.param == "kernels" and not HAS_COMPILER:
+        pytest.skip("no C++ compiler with OpenMP on this machine")
+    if request.param != "kernels":
+        monkeypatch.setattr(build, "library", functools.cache(lambda: None))
+    if request.param == "no compiler":
+        monkeypatch.setattr(fast, "_LARGE", 0)
+
+
+@pytest.fixture
+def convolved(monkeypatch):
+    """The types that convolutions computed in."""
+    types = set()
+    function = F.conv2d
+
+    def noted(x, *args, **kwargs):
+        types.add(x.dtype)
+        return function(x, *args, **kwargs)
+
+    monkeypatch.setattr(F, "conv2d", noted)
+    return types
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_convolutions_take_fp32_where_their_own_type_is_slow(no_instructions, convolved, dtype, autocast, training):
+    found = []
+    for cls in (ConvMixer, TimmConvMixer, TimmConvMixer):
+        model = evaluated(cls).train(training)
+        x = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        given = torch.float64 if len(found) == 2 else torch.float32 if autocast else dtype
+        model, images = model.to(given), x.to(given)
+        with torch.autocast("cpu", dtype, enabled=autocast and given != torch.float64):
+            features, logits = model.forward_features(images), model(images)
+        logits.float().square().sum().backward()
+        grads = torch.cat([x.grad.flatten(), *(p.grad.flatten() for p in model.parameters())])
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast and given != torch.float64):
+            without_gradients = model.train(False)(images)
+        if not found:
+            assert convolved == {torch.float32}
+            assert images.dtype == given and features.is_contiguous()
+        found.append((features, logits, without_gradients, grads))
+    for ours, theirs, exact in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert relative(ours, exact) < 1.3 * relative(theirs, exact)
+
+
+@pytest.mark.parametrize("kwargs", [{"norm_layer": "layernorm2d"}, {"act_layer": "silu"}, {"pointwise_residual": True}])
+def test_other_layers_take_fp32_too(no_instructions, convolved, kwargs):
+    model, x = small_model(**kwargs), torch.randn(4, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x).float().sum().backward()
+    assert convolved <= {torch.float32} and model.stem[0].weight.grad.isfinite().all()
+
+
+def test_types_that_dont_agree_are_an_error_still(no_instructions):
+    with pytest.raises(RuntimeError, match="should be the same"):
+        small_model().bfloat16()(torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_it_takes_fp32_too(monkeypatch, training):
+    """Elsewhere a compiled evaluation is the compiler's."""
+    monkeypatch.setattr(fast, "_SLOW", {torch.bfloat16})
+    torch.compiler.reset()
+    types = set()
+
+    def backend(graph, _):
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and "conv2d" in str(node.target):
+                types.add(node.args[0].meta["example_value"].dtype)
+        return graph.forward
+
+    model, x = small_model().train(training), torch.randn(4, 3, 16, 16)
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
+        logits = torch.compile(model, backend=backend)(x)
+        torch.testing.assert_close(logits, copy.deepcopy(model)(x), atol=0.03, rtol=0.03)
+    assert types == {torch.float32}
 
 
 @pytest.fixture
@@ -449,6 +528,10 @@ def test_a_pooling_put_in_place_is_called():
     torch.testing.assert_close(model.forward_head(features, pre_logits=True), features.amax((2, 3)))
 
 
+def _nothing(model):
+    pass
+
+
 def _drop_the_activation(model):
     for layers in (model.stem, model.blocks[0][0].fn, model.blocks[0]):
         del layers[-2]
@@ -464,7 +547,7 @@ def _norm_first(model):
         layers[-1], layers[-2] = layers[-2], layers[-1]
 
 
-@pytest.mark.parametrize("change", [_drop_the_activation, _put_one_in, _norm_first])
+@pytest.mark.parametrize("change", [_nothing, _drop_the_activation, _put_one_in, _norm_first])
 @pytest.mark.parametrize("residual", [False, True])
 def test_layers_put_in_or_taken_out_count(change, residual):
     """They are sequences, as timm's are."""
