@@ -140,7 +140,7 @@ def passed_over(options: Namespace, defaults: Namespace) -> list[str]:
     """Lines on arguments that ``train.py`` passes over, as what they belong to isn't given, or that can't be meant."""
     given, out = vars(options), []
     if given.get("amp") and given.get("device") == "cpu" and given.get("amp_dtype") == "float16":
-        out.append("--amp trains in float16, in which PyTorch is far slower on a CPU: give --amp-dtype bfloat16")
+        out.append("--amp trains in float16, which is slower on a CPU than bfloat16: give --amp-dtype bfloat16")
     for name, other in _BESIDE.items():
         if getattr(options, name, None) != getattr(defaults, name, None) and not getattr(options, other, None):
             out.append(f"--{name} is passed over without --{other}".replace("_", "-"))

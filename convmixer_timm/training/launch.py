@@ -329,7 +329,12 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
 def _pretrained_classes(options: Namespace) -> list[str] | None:
     """What a pretrained model calls its classes; None where it doesn't tell."""
     one = ":" in options.model or timm.is_model(options.model)
-    return stored_names(options.model) if one and not options.checkpoint else None
+    classes = stored_names(options.model) if one and not options.checkpoint else None
+    if classes and options.num_classes not in (None, len(classes)):
+        given = options.num_classes
+        _say(f"--num-classes {given}: the weights' classifier has {len(classes)}; a random one takes its place.")
+        return None
+    return classes
 
 
 def told_by_record(record: Record, flags: set[str], dataset: str = "") -> list[str]:

@@ -150,3 +150,4 @@ def test_validation_reads_by_it(timm_scripts, folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert '"top1"' in done.stdout
     assert "5.bmp: not an image that Pillow can read" in done.stderr
+    assert "--num-classes 2: the weights' classifier has 10; a random one takes its place." in done.stderr
