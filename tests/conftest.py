@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before PyTorch: threads that wait for a busy core spin
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import convmixer_timm  # noqa: F401  registers the variants
 
 IMAGES = Path(__file__).parent / "images"
