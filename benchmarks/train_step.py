@@ -107,7 +107,9 @@ def floor_seconds(args) -> float:
     dim, depth, patch = model.num_features, len(model.blocks), model.stem[0].kernel_size[0]
     kernel = model.blocks[0][0].fn[0].kernel_size[0]
     side = args.img_size // patch
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    # Without instructions for it bf16 is slower than fp32, in which the package computes it then.
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype = torch.bfloat16 if args.precision == "bf16" and has_bf16 else torch.float32
     x = torch.randn(args.batch_size[0], dim, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
     depthwise, pointwise = torch.randn(dim, 1, kernel, kernel).to(dtype), torch.randn(dim, dim, 1, 1).to(dtype)
     out = torch.empty_like(x)
@@ -195,7 +197,8 @@ def machine() -> dict[str, str]:
 
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "") or platform.processor()
-    return {"cpu": f"{cpu} x{torch.get_num_threads()}", "torch": torch.__version__, "timm": timm.__version__}
+    cpu += f" x{torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"cpu": cpu, "torch": torch.__version__, "timm": timm.__version__}
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:

@@ -289,9 +289,9 @@ def _widens(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     if _precision(x) not in _SLOW or type(conv) is not nn.Conv2d or not _plain(conv.weight) or not untouched(conv):
         return False
     types = {t.dtype for t in (x, conv.weight, conv.bias) if t is not None}
-    if torch.is_autocast_enabled("cpu"):
-        return torch.float64 not in types
-    return len(types) == 1  # PyTorch says what is wrong
+    # Of others, and of types that don't agree, PyTorch says what is wrong.
+    autocast = torch.is_autocast_enabled("cpu")
+    return types <= {torch.float32, torch.bfloat16, torch.float16} if autocast else len(types) == 1
 
 
 def _is_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:

@@ -294,6 +294,8 @@ def test_other_layers_take_fp32_too(no_instructions, convolved, kwargs):
 def test_types_that_dont_agree_are_an_error_still(no_instructions):
     with pytest.raises(RuntimeError, match="should be the same"):
         small_model().bfloat16()(torch.randn(2, 3, 16, 16))
+    with pytest.raises(RuntimeError), torch.autocast("cpu", torch.bfloat16):
+        small_model()(torch.ones(2, 3, 16, 16, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("training", [False, True])
