@@ -2,8 +2,8 @@
 
 Each class here goes in front of a layer of the architecture, whose `forward` says what is computed. Called on a CPU,
 the layer computes the same by the kernels of this folder, or at least in channels-last, where PyTorch's CPU operations
-are faster; on a GPU, by the Triton kernels, if the user asked for them. Otherwise, or where somebody looks on (a
-tracer, a hook, a tensor subclass), its `forward` runs.
+are faster, and in fp32 where they have no instructions for the type; on a GPU, by the Triton kernels, if the user asked
+for them. Otherwise, or where somebody looks on (a tracer, a hook, a tensor subclass), its `forward` runs.
 """
 
 import functools
