@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import drop_path, get_act_layer
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _module
 
 from . import build, gpu, memory, operators
 from .act_norm import act_norm
@@ -24,6 +24,14 @@ from .operators import act_norm_inference, spatial_mixing_inference
 from .spatial_mixing import spatial_mixing
 
 __all__ = ["Block", "ConvActNorm", "GlobalPool", "Residual", "as_given", "settle", "untouched"]
+
+# Hooks of every module; torch's own function for the question came after the oldest torch that this runs with.
+_GLOBAL_HOOKS = (
+    _module._global_forward_pre_hooks,
+    _module._global_forward_hooks,
+    _module._global_backward_pre_hooks,
+    _module._global_backward_hooks,
+)
 
 # timm's GELU is always the exact one; a user's own subclass may compute anything.
 _GELUS = (nn.GELU, get_act_layer("gelu"))
@@ -182,7 +190,9 @@ def _runs_here(x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         is_slow = not on_gpu and _precision(x) in _SLOW
-        if torch.compiler.is_exporting() or not (torch.is_grad_enabled() or is_slow):
+        # What `torch.compiler.is_exporting` gives; compiled by an older torch, 2.10 say, that function always says yes.
+        is_exporting = torch.compiler._is_exporting_flag
+        if is_exporting or not (torch.is_grad_enabled() or is_slow):
             return False  # an exported program is for anywhere; inference is left to the compiler
     if not (on_gpu or x.is_cpu) or x.dim() != 4 or x.numel() == 0 or build.transformed():
         return False
@@ -197,7 +207,7 @@ def _precision(x: Tensor) -> torch.dtype:
 def untouched(*modules: nn.Module) -> bool:
     """Whether nobody hooks into the modules, compiles them or has put another `forward` in place of theirs: such a
     module has to be called as it is."""
-    return not _has_any_global_hook() and not any(
+    return not any(_GLOBAL_HOOKS) and not any(
         m._forward_hooks
         or m._forward_pre_hooks
         or m._backward_hooks
