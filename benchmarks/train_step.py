@@ -103,13 +103,14 @@ def floor_seconds(args) -> float:
     import torch
     import torch.nn.functional as F
 
+    from convmixer_timm.kernels import fast
+
     model = build("ours", args.model)
     dim, depth, patch = model.num_features, len(model.blocks), model.stem[0].kernel_size[0]
     kernel = model.blocks[0][0].fn[0].kernel_size[0]
     side = args.img_size // patch
-    # Without instructions for it bf16 is slower than fp32, in which the package computes it then.
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    dtype = torch.bfloat16 if args.precision == "bf16" and has_bf16 else torch.float32
+    # As the package's convolutions take it: bf16 where the processor has it.
+    dtype = torch.bfloat16 if args.precision == "bf16" and torch.bfloat16 not in fast.SLOW_DTYPES else torch.float32
     x = torch.randn(args.batch_size[0], dim, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
     depthwise, pointwise = torch.randn(dim, 1, kernel, kernel).to(dtype), torch.randn(dim, dim, 1, 1).to(dtype)
     out = torch.empty_like(x)

@@ -28,6 +28,7 @@ from PIL import Image
 from ..errors import one_line
 from ..files import atomic_path, cache_dir
 from ..images import ImageError, find_images, image_loader
+from ..kernels import fast
 from .class_map import ClassMap
 from .folding import fold_norms
 from .loading import check_finite, check_module, uncompiled
@@ -102,7 +103,7 @@ class OptimizedModel(nn.Module):
 
 def unavailable(backend: str, precision: str = "fp32") -> str | None:
     """Why this machine can't run a model by `backend` in `precision`; None if it can."""
-    if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if precision == "bf16" and torch.bfloat16 in fast.SLOW_DTYPES:
         return "this processor has no bf16 instructions"
     if precision not in BACKENDS[backend][1]:
         others = [name for name, (_, precisions) in BACKENDS.items() if precision in precisions]

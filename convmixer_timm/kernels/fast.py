@@ -23,7 +23,7 @@ from .depthwise import depthwise_conv2d
 from .operators import act_norm_inference, spatial_mixing_inference
 from .spatial_mixing import spatial_mixing
 
-__all__ = ["Block", "ConvActNorm", "GlobalPool", "Residual", "as_given", "settle", "untouched"]
+__all__ = ["SLOW_DTYPES", "Block", "ConvActNorm", "GlobalPool", "Residual", "as_given", "settle", "untouched"]
 
 # Hooks of every module; torch's own function for the question came after the oldest torch that this runs with.
 _GLOBAL_HOOKS = (
@@ -38,7 +38,7 @@ _GELUS = (nn.GELU, get_act_layer("gelu"))
 
 # Types that oneDNN doesn't compute in on this processor, bf16 before AVX-512 say: PyTorch's own loops take ten times as
 # long in them as it does in fp32.
-_SLOW = {
+SLOW_DTYPES = {
     dtype
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
     if not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
@@ -172,7 +172,7 @@ def _is_little(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return x.numel() < _LARGE and not build.available(build=False) and _precision(x) not in _SLOW
+    return x.numel() < _LARGE and not build.available(build=False) and _precision(x) not in SLOW_DTYPES
 
 
 def _plain(t: Tensor) -> bool:
@@ -189,10 +189,9 @@ def _runs_here(x: Tensor) -> bool:
     if x.dtype == torch.float64:  # which oneDNN hasn't: PyTorch's own operations are slower in channels-last
         return False
     if torch.compiler.is_compiling():
-        is_slow = not on_gpu and _precision(x) in _SLOW
         # What `torch.compiler.is_exporting` gives; compiled by an older torch, 2.10 say, that function always says yes.
         is_exporting = torch.compiler._is_exporting_flag
-        if is_exporting or not (torch.is_grad_enabled() or is_slow):
+        if is_exporting or not (torch.is_grad_enabled() or _precision(x) in SLOW_DTYPES):
             return False  # an exported program is for anywhere; inference is left to the compiler
     if not (on_gpu or x.is_cpu) or x.dim() != 4 or x.numel() == 0 or build.transformed():
         return False
@@ -296,7 +295,9 @@ def _is_trained_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def _widens(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     """Whether fp32 may stand for the type that the convolution would compute in, and is faster."""
-    if _precision(x) not in _SLOW or type(conv) is not nn.Conv2d or not _plain(conv.weight) or not untouched(conv):
+    if _precision(x) not in SLOW_DTYPES:
+        return False
+    if type(conv) is not nn.Conv2d or not _plain(conv.weight) or not untouched(conv):
         return False
     types = {t.dtype for t in (x, conv.weight, conv.bias) if t is not None}
     # Of others, and of types that don't agree, PyTorch says what is wrong.

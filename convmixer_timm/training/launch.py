@@ -327,12 +327,13 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
 
 
 def _pretrained_classes(options: Namespace) -> list[str] | None:
-    """What a pretrained model calls its classes; None where it doesn't tell."""
+    """What a pretrained model calls its classes; None where it doesn't tell, or its classifier is left out, which is
+    said."""
     one = ":" in options.model or timm.is_model(options.model)
     classes = stored_names(options.model) if one and not options.checkpoint else None
     if classes and options.num_classes not in (None, len(classes)):
-        given = options.num_classes
-        _say(f"--num-classes {given}: the weights' classifier has {len(classes)}; a random one takes its place.")
+        has = len(classes)
+        _say(f"--num-classes {options.num_classes}: the weights' classifier has {has}; a random one takes its place.")
         return None
     return classes
 

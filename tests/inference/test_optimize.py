@@ -23,6 +23,7 @@ from convmixer_timm.images import find_images
 from convmixer_timm.inference import optimize as optimize_module
 from convmixer_timm.inference.folding import fold_norms
 from convmixer_timm.inference.optimize import TOLERANCES, calibration_batches, optimize, unavailable
+from convmixer_timm.kernels import fast
 
 from ..conftest import IMAGES
 
@@ -257,7 +258,7 @@ def test_what_cannot_be_done_is_said(model, images, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else found(name))
     with pytest.raises(RuntimeError, match=r"openvino not installed: pip install openvino"):
         optimize(model, images, "openvino")
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(fast, "SLOW_DTYPES", {torch.bfloat16})
     with pytest.raises(RuntimeError, match="no bf16 instructions"):
         optimize(model, images, precision="bf16")
 

@@ -1,7 +1,6 @@
 """When a model's layers run on the kernels, and that nobody sees it but in the time."""
 
 import copy
-import functools
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from convmixer_timm import ConvMixer, set_fast_training
 from convmixer_timm.kernels import build, fast
 
-from .helpers import HAS_COMPILER, needs_compiler, relative
+from .helpers import needs_compiler, relative
 
 
 def small_model(cls=ConvMixer, **kwargs):
@@ -232,15 +231,11 @@ def test_the_gradient_through_a_frozen_model_is_timms(calls, act_layer, autocast
 # ---- types that the processor has no instructions for ----
 
 
-@pytest.fixture(params=["kernels", "no compiler", "few images"])
-def no_instructions(request, monkeypatch):
+@pytest.fixture(params=["few images", "many images"])
+def no_instructions(request, way, monkeypatch):
     """As on a processor that has neither bf16 nor fp16."""
-    monkeypatch.setattr(fast, "_SLOW", {torch.bfloat16, torch.float16})
-    if request.param == "kernels" and not HAS_COMPILER:
-        pytest.skip("no C++ compiler with OpenMP on this machine")
-    if request.param != "kernels":
-        monkeypatch.setattr(build, "library", functools.cache(lambda: None))
-    if request.param == "no compiler":
+    monkeypatch.setattr(fast, "SLOW_DTYPES", {torch.bfloat16, torch.float16})
+    if request.param == "many images":
         monkeypatch.setattr(fast, "_LARGE", 0)
 
 
@@ -301,7 +296,7 @@ def test_types_that_dont_agree_are_an_error_still(no_instructions):
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_it_takes_fp32_too(monkeypatch, training):
     """Elsewhere a compiled evaluation is the compiler's."""
-    monkeypatch.setattr(fast, "_SLOW", {torch.bfloat16})
+    monkeypatch.setattr(fast, "SLOW_DTYPES", {torch.bfloat16})
     torch.compiler.reset()
     types = set()
 
