@@ -62,12 +62,15 @@ def work(args) -> None:
     """A worker: answers each line on stdin with the seconds of one step."""
     import torch
 
-    if args.worker == "floor":
-        return print(floor_seconds(args))
     if args.march:
         from convmixer_timm.kernels import build as kernels
+        from convmixer_timm.kernels import fast
 
         kernels._FLAGS = [flag.replace("-march=native", f"-march={args.march}") for flag in kernels._FLAGS]
+        if os.environ["ONEDNN_MAX_CPU_ISA"] in ("AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"):
+            fast.SLOW_DTYPES.add(torch.bfloat16)  # else asked of the processor itself
+    if args.worker == "floor":
+        return print(floor_seconds(args))
     whose, channels_last, compiled, _ = SETTINGS[args.worker]
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -36,13 +36,17 @@ _GLOBAL_HOOKS = (
 # timm's GELU is always the exact one; a user's own subclass may compute anything.
 _GELUS = (nn.GELU, get_act_layer("gelu"))
 
-# Types that oneDNN doesn't compute in on this processor, bf16 before AVX-512 say: PyTorch's own loops take ten times as
-# long in them as it does in fp32.
-SLOW_DTYPES = {
-    dtype
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
-    if not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
-}
+
+def _computes_in(name: str) -> bool:
+    """Whether oneDNN has instructions for the type, "bf16" or "fp16", on this processor."""
+    if not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()):
+        return False
+    # With an AVX-512 that has no bf16, Intel's from Skylake to Ice Lake, oneDNN says yes and converts as it goes.
+    return name != "bf16" or not torch.cpu._is_avx512_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+# Types in which convolutions take longer on this processor than in fp32: twice as long with AVX-512, ten times without.
+SLOW_DTYPES = {dtype for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")) if not _computes_in(name)}
 
 # Evaluation has the kernels built once it has taken about as long as that: after so many values in feature maps, which
 # are some 2000 images of 32 pixels by ConvMixer-256/8. Small maps don't count: who has single images waits for each.

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,6 +285,20 @@ def test_other_layers_take_fp32_too(no_instructions, convolved, kwargs):
     with torch.autocast("cpu", torch.bfloat16):
         model(x).float().sum().backward()
     assert convolved <= {torch.float32} and model.stem[0].weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("avx512", "bf16", "fast_in_bf16"),
+    [(True, True, True), (True, False, False), (False, False, True)],
+    ids=["AVX-512 with bf16", "AVX-512 without", "another that has it"],
+)
+def test_where_onednn_only_converts_bf16_is_slow(monkeypatch, avx512, bf16, fast_in_bf16):
+    onednn = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True, _is_mkldnn_fp16_supported=lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    assert fast._computes_in("bf16") == fast_in_bf16
+    assert not fast._computes_in("fp16")
 
 
 def test_types_that_dont_agree_are_an_error_still(no_instructions):
