@@ -30,7 +30,7 @@ PRECISIONS = ("fp32", "bf16", "int8")
 
 
 def runnable(setting: str, precision: str) -> bool:
-    from convmixer_timm.inference.optimize import BACKENDS, unavailable
+    from convmixer_timm.inference.engines import BACKENDS, unavailable
 
     if setting in ("timm", "eager"):
         return precision == "fp32" or (precision == "bf16" and unavailable("inductor", "bf16") is None)
@@ -44,7 +44,9 @@ def prepare(args, setting: str, precision: str):
     import timm
 
     from convmixer_timm.inference import optimize as inference
-    from convmixer_timm.inference.optimize import BACKENDS, TOLERANCES, calibration_batches, optimize, quiet
+    from convmixer_timm.inference.calibration import calibration_batches
+    from convmixer_timm.inference.engines import BACKENDS, quiet
+    from convmixer_timm.inference.optimize import TOLERANCES, optimize
 
     torch.manual_seed(0)
     model = timm.create_model(args.model, pretrained=args.model in args.pretrained).eval().requires_grad_(False)
@@ -91,7 +93,7 @@ def accuracy(args, model, run) -> float:
 
 def peak_flops(args, precision: str) -> float:
     """Multiply-adds, counted as two, a second of the model's 1x1 convolution in this precision."""
-    from convmixer_timm.inference.optimize import BACKENDS, quiet
+    from convmixer_timm.inference.engines import BACKENDS, quiet
 
     model = build("ours", args.model)
     dim, side, layers = model.num_features, args.img_size // model.stem[0].kernel_size[0], 8
@@ -210,7 +212,7 @@ def draw(rows: list[dict], folder: Path) -> None:
     from matplotlib.figure import Figure
 
     from convmixer_timm.files import atomic_path
-    from convmixer_timm.inference.optimize import BACKENDS
+    from convmixer_timm.inference.engines import BACKENDS
 
     colors = {"fp32": "tab:blue", "bf16": "tab:orange", "int8": "tab:green"}
 

@@ -19,7 +19,7 @@ from convmixer_timm.hub.cards import Evaluation
 from convmixer_timm.hub.packing import pack
 from convmixer_timm.hub.sources import read_run
 from convmixer_timm.hub.verify import record
-from convmixer_timm.inference.loading import read_labels
+from convmixer_timm.inference.labels import read_labels
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

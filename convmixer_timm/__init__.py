@@ -10,13 +10,14 @@ if sys.argv[:1] == ["-m"] and os.path.exists("timm/__init__.py") and os.path.exi
     sys.path[:] = [p for p in sys.path if p not in ("", os.getcwd())]
 
 from .convmixer import ConvMixer
-from .kernels.build import set_fast_training
+from .kernels.switch import set_fast_training
 from .training.compat import mend_posterize
 
 if TYPE_CHECKING:
     from .hub.publish import publish
     from .inference.export import export
-    from .inference.loading import class_names, load_model
+    from .inference.labels import class_names
+    from .inference.loading import load_model
     from .inference.optimize import optimize
     from .inference.predicting import predict
     from .web.page import page
@@ -37,7 +38,7 @@ mend_posterize()
 
 # Imported when they are first asked for: importing the package stays as cheap as importing timm.
 _ROOMS = {
-    "class_names": "inference.loading",
+    "class_names": "inference.labels",
     "export": "inference.export",
     "load_model": "inference.loading",
     "optimize": "inference.optimize",

@@ -60,7 +60,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _publish(args: argparse.Namespace) -> int:
     from .hub.publish import publish
-    from .inference.loading import read_labels
+    from .inference.labels import read_labels
 
     publication = publish(
         args.source,
@@ -81,7 +81,8 @@ def _publish(args: argparse.Namespace) -> int:
 
 def _plot(args: argparse.Namespace) -> int:
     from .images import find_images
-    from .inference.loading import class_names, load_model
+    from .inference.labels import class_names
+    from .inference.loading import load_model
     from .plots import draw
 
     model = load_model(args.model)

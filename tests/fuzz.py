@@ -203,7 +203,7 @@ def configs(folder: Path) -> Case:
 
     def case(rng: random.Random, target: Path) -> str:
         if rng.random() < 0.1:
-            from convmixer_timm.inference.loading import check_labels, read_labels
+            from convmixer_timm.inference.labels import check_labels, read_labels
 
             (target / "labels.txt").write_bytes(mutated(labels, rng))
             try:

@@ -24,7 +24,8 @@ from ..convmixer import CIFAR10_LABELS, ConvMixer
 from ..errors import one_line
 from ..files import as_text
 from ..images import data_config
-from ..inference.loading import check_labels, check_preprocessing, load_folder, split_name
+from ..inference.labels import check_labels
+from ..inference.loading import check_preprocessing, load_folder, split_name
 from ..training.history import as_csv, read_history
 from ..training.record import FILE, Model, Record, describe_model
 from .cards import Evaluation, Training

@@ -14,19 +14,12 @@ import torch.nn as nn
 
 from ..files import folder_beside
 from ..images import data_config
+from .calibration import calibration_batches
 from .class_map import ClassMap, has_class_map
-from .loading import check_finite, check_labels, check_model, class_names, evaluating, uncompiled
-from .optimize import (
-    COMPARED,
-    TOLERANCES,
-    OptimizedModel,
-    calibration_batches,
-    onnx_program,
-    openvino_model,
-    quantized,
-    quiet,
-    unavailable,
-)
+from .engines import onnx_program, openvino_model, quantized, quiet, unavailable
+from .labels import check_labels, class_names
+from .loading import check_finite, check_model, evaluating, uncompiled
+from .optimize import COMPARED, TOLERANCES, OptimizedModel
 
 __all__ = ["FORMATS", "export"]
 

@@ -1,6 +1,5 @@
 """The fastest way that a processor has to run a model, in one call: `optimize`."""
 
-import collections
 import contextlib
 import copy
 import functools
@@ -9,46 +8,32 @@ import importlib.util
 import itertools
 import json
 import logging
-import os
 import platform
-import shutil
-import sys
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image
 
 from ..errors import one_line
 from ..files import atomic_path, cache_dir
-from ..images import ImageError, find_images, image_loader
-from ..kernels import fast
-from .class_map import ClassMap
+from .calibration import calibration_batches
+from .engines import BACKENDS, PRECISIONS, Batches, Run, no_autocast, quiet, unavailable
 from .folding import fold_norms
 from .loading import check_finite, check_module, uncompiled
 
-__all__ = ["BACKENDS", "PRECISIONS", "TOLERANCES", "OptimizedModel", "calibration_batches", "optimize", "unavailable"]
+__all__ = ["TOLERANCES", "OptimizedModel", "optimize"]
 
 _logger = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "bf16", "int8")
 # How far outputs may be from those of the model in fp32, as a share of the largest of them. Of 300 images the worst in
 # int8 is off by a third where top-1 loses 0.3 points.
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.5}
-_CALIBRATION_IMAGES = 300
-COMPARED = 32  # of them
+COMPARED = 32  # images
 _TIMING_SECONDS = 1.0  # for each candidate
 _PARTS = (16, 4)
-_quiet = threading.RLock()
-
-Run = Callable[[torch.Tensor], torch.Tensor]
-Batches = list[torch.Tensor]
 
 
 class _Candidate(NamedTuple):
@@ -99,23 +84,6 @@ class OptimizedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.chosen}, {self.precision}"
-
-
-def unavailable(backend: str, precision: str = "fp32") -> str | None:
-    """Why this machine can't run a model by `backend` in `precision`; None if it can."""
-    if precision == "bf16" and torch.bfloat16 in fast.SLOW_DTYPES:
-        return "this processor has no bf16 instructions"
-    if precision not in BACKENDS[backend][1]:
-        others = [name for name, (_, precisions) in BACKENDS.items() if precision in precisions]
-        return f"{backend} has no {precision} here; {', '.join(others)} has"
-    if backend == "inductor":
-        compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-        return None if compiler else "inductor needs a C++ compiler (g++ or clang++)"
-    needed = {"openvino": ["openvino"], "onnxruntime": ["onnxruntime", "onnx", "onnxscript"]}[backend]
-    if backend == "openvino" and precision == "int8":
-        needed = [*needed, "nncf"]
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    return f"{', '.join(missing)} not installed: pip install {' '.join(missing)}" if missing else None
 
 
 def optimize(
@@ -238,22 +206,6 @@ def optimize(
     return result(runs[best], choice=choice)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """For tracing and quantising, whatever the caller has switched on.
-
-    Tracing warns of every shape that it fixes, which is meant, and NNCF draws its bars on stdout, which is for results.
-    One thread at a time: warnings and stdout are the whole process's, and two that overlap would restore each other's.
-    """
-    with _quiet, warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), torch.no_grad(), _no_autocast():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _no_autocast() -> torch.autocast:
-    return torch.autocast("cpu", enabled=False)
-
-
 class _Indifferent:
     """The same function for every caller: with gradients, inference mode and autocast on or off."""
 
@@ -261,7 +213,7 @@ class _Indifferent:
         self._run = run
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode(), _no_autocast():
+        with torch.inference_mode(), no_autocast():
             out = self._run(x.detach().float().resolve_neg())
         with torch.inference_mode(False), torch.no_grad():
             return out.clone()  # no inference tensor, so that a loss may be computed on it
@@ -345,189 +297,3 @@ def _remembered(key: str) -> dict[str, Any] | None:
 def _remember(key: str, choice: dict[str, Any]) -> None:
     with contextlib.suppress(OSError), atomic_path(_choices()) as temporary:  # a choice can be made again
         temporary.write_text(json.dumps({**_all_remembered(), key: choice}, indent=1), encoding="utf-8")
-
-
-def calibration_batches(
-    model: Any, source: Iterable[Any] | str | Path | None, size: tuple[int, ...] | None = None, batch: int | None = None
-) -> Iterator[torch.Tensor]:
-    """The first few hundred images of a folder or of an iterable, in batches as the model takes them.
-
-    Args:
-        model: Whose transform images that aren't batches yet go through. Those of a folder that can't be read are left
-            out, and a warning names them.
-        source: Folder, file or glob, or a list of them; or an iterable of batches (tensors, or pairs and mappings that
-            have them first) or of images as `convmixer_timm.images.load_image` reads them; or one batch.
-        size: (in_chans, H, W), to which images are brought and which batches must have; by default the model's.
-        batch: Images in every batch, where it can't be any number; too few images for one are repeated.
-
-    Raises:
-        ValueError: If there are none, or they are something else or of another size.
-    """
-    if source is None:
-        raise ValueError("int8 needs calibration images: a folder, or batches of images")
-    enough = max(_CALIBRATION_IMAGES, batch or 0)
-    named = isinstance(source, list | tuple) and all(isinstance(item, str | os.PathLike) for item in source)
-    if isinstance(source, str | Path) or named:
-        batches: Iterable[Any] = _from_files(model, source if named else [source], size, enough)
-    elif getattr(source, "ndim", 0) == 4:
-        batches = [source]
-    elif isinstance(source, Iterable):
-        batches = source
-    else:
-        raise ValueError(f"calibration images are a folder or batches of images, got a {type(source).__name__}")
-    load = image_loader(model, size)
-    count = 0
-    waiting: Batches = []
-    for item in batches:
-        images = _as_batch(item, load)
-        if size is not None and tuple(images.shape[1:]) != size:
-            raise ValueError(f"calibration images must be [N, {', '.join(map(str, size))}], got {list(images.shape)}")
-        count += len(images)
-        if batch is None:
-            yield images
-        else:
-            *full, rest = torch.cat([*waiting, images]).split(batch)
-            waiting = [] if len(rest) == batch else [rest]
-            yield from full + [rest] * (len(rest) == batch)
-        if count >= enough:
-            return
-    if not count:
-        raise ValueError(f"no calibration images in {source if isinstance(source, str | Path) else 'the iterable'}")
-    if waiting and batch is not None and count < batch:
-        yield torch.cat(waiting * -(-batch // count))[:batch]
-
-
-def _as_batch(item: Any, load: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-    """One item of an iterable as images [N, in_chans, H, W]."""
-    given = item
-    if isinstance(item, Mapping):
-        item = next((value for value in item.values() if getattr(value, "ndim", 0) == 4), None)
-    elif isinstance(item, tuple | list) and item:
-        item = item[0]
-    if isinstance(item, np.ndarray) and item.ndim == 4:
-        item = torch.from_numpy(item)
-    if isinstance(item, torch.Tensor):
-        return item.detach().float()
-    if isinstance(item, str | bytes | os.PathLike | Image.Image | np.ndarray):
-        return load(item)[None]
-    raise ValueError(f"calibration images must be batches or images, got a {type(given).__name__} without any")
-
-
-def _from_files(model: Any, sources: Any, size: tuple[int, ...] | None, enough: int) -> Iterator[torch.Tensor]:
-    load = image_loader(model, size)
-    paths = find_images(sources)
-    count = min(len(paths), enough)
-    for i in range(count):  # from every class, as folders list one after the other
-        try:
-            yield load(paths[i * len(paths) // count])[None]
-        except ImageError as error:
-            _logger.warning("left out of the calibration: %s", one_line(error))
-
-
-# Engines: each makes a function from images to outputs, both fp32 tensors.
-
-
-def _inductor(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, _: Batches) -> Run:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    network: Any = copy.deepcopy(model).to(memory_format=torch.channels_last, dtype=dtype)  # type: ignore[call-overload]
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = network(x)
-        return output
-
-    # PyTorch gives up compiling, silently, a code that it has compiled eight times: each model has a code of its own.
-    forward.__code__ = forward.__code__.replace()
-    compiled = torch.compile(forward, dynamic=False if fixed else None, options={"freezing": True})
-    # One call at a time, which has all cores anyway: of threads that check PyTorch's guards at once some fail them, and
-    # compile again, until it gives up compiling for good.
-    lock = threading.Lock()
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        x = x.to(dtype=dtype, memory_format=torch.channels_last)
-        if not fixed and len(x) > 1:  # a batch of one is compiled by itself
-            torch._dynamo.maybe_mark_dynamic(x, 0)
-        with lock:
-            return compiled(x).float()
-
-    return run
-
-
-def openvino_model(model: nn.Module, x: torch.Tensor, fixed: bool, batches: Batches) -> Any:
-    """An OpenVINO network; quantised where there are batches to calibrate it with."""
-    import openvino
-
-    network = openvino.convert_model(model, example_input=x)
-    network.reshape([len(x) if fixed else -1, *x.shape[1:]])
-    return quantized(network, [batch.numpy() for batch in batches]) if batches else network
-
-
-def quantized(network: Any, items: list[Any]) -> Any:
-    """An OpenVINO or ONNX network in int8, by NNCF; `items` are its inputs to choose the scales by."""
-    import nncf
-
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    return nncf.quantize(network, nncf.Dataset(items), subset_size=len(items))
-
-
-def _openvino(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, batches: Batches) -> Run:
-    import openvino
-
-    rest = "bf16" if unavailable("openvino", "bf16") is None else "f32"  # of what int8 leaves
-    hints = {
-        "PERFORMANCE_HINT": "LATENCY",  # one call at a time, with all cores
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16", "int8": rest}[precision],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    compiled = openvino.Core().compile_model(openvino_model(model, x, fixed, batches), "CPU", hints)
-    idle = collections.deque([compiled.create_infer_request()])  # one serves one thread at a time
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        try:
-            request = idle.pop()
-        except IndexError:
-            request = compiled.create_infer_request()
-        try:
-            return torch.from_numpy(request.infer({0: x.contiguous().numpy()}, share_inputs=True)[0].copy())
-        finally:
-            idle.append(request)
-
-    return run
-
-
-def onnx_program(model: nn.Module, x: torch.Tensor, fixed: bool) -> Any:
-    """The ONNX form of a model."""
-    batch = {0: torch.export.Dim.DYNAMIC}
-    example = x if fixed or len(x) > 1 else torch.cat([x, x])  # a batch of one would be taken for a constant
-    program = torch.onnx.export(
-        model,
-        (example,),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits", "maps"] if isinstance(model, ClassMap) else ["logits"],
-        dynamic_shapes=None if fixed else (batch,),
-        verbose=False,
-    )
-    assert program is not None
-    return program.model_proto
-
-
-def _onnxruntime(model: nn.Module, x: torch.Tensor, precision: str, fixed: bool, _: Batches) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    content = onnx_program(model, x, fixed).SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(None, {name: x.contiguous().numpy()})[0])
-
-    return run
-
-
-BACKENDS: dict[str, tuple[Callable[..., Run], tuple[str, ...]]] = {
-    "inductor": (_inductor, ("fp32", "bf16")),
-    "openvino": (_openvino, ("fp32", "bf16", "int8")),
-    "onnxruntime": (_onnxruntime, ("fp32",)),
-}

@@ -14,7 +14,8 @@ from PIL import Image
 
 from ..errors import one_line
 from ..images import ImageError, find_images, image_loader
-from .loading import check_finite, check_model, class_names, evaluating
+from .labels import class_names
+from .loading import check_finite, check_model, evaluating
 
 __all__ = ["predict", "predict_files"]
 

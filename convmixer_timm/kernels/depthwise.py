@@ -9,7 +9,7 @@ forward kernel.
 import torch
 import torch.nn.functional as F
 
-from . import build, operators
+from . import build, operators, switch
 
 __all__ = ["depthwise_conv2d"]
 
@@ -62,7 +62,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled() or build.batched(grad):  # PyTorch can differentiate its own operation, and batch it
+        if torch.is_grad_enabled() or switch.batched(grad):  # PyTorch can differentiate its own operation, and batch it
             return _pytorch_grads(x, weight, grad, [for_x, for_weight, for_bias and ctx.has_bias], ctx.has_bias)
         x_grad = weight_grad = bias_grad = None
         if for_x:

@@ -17,7 +17,7 @@ from timm.layers import drop_path, get_act_layer
 from torch import Tensor
 from torch.nn.modules import module as _module
 
-from . import build, gpu, memory, operators
+from . import build, gpu, memory, operators, switch
 from .act_norm import act_norm
 from .depthwise import depthwise_conv2d
 from .operators import act_norm_inference, spatial_mixing_inference
@@ -187,7 +187,7 @@ def _plain(t: Tensor) -> bool:
 def _runs_here(x: Tensor) -> bool:
     """Whether code that runs now, or is compiled, rather than is traced or transformed, works on a CPU with `x`, or on
     a GPU whose kernels are wanted."""
-    if not build.enabled() or not _plain(x) or torch.jit.is_tracing():
+    if not switch.enabled() or not _plain(x) or torch.jit.is_tracing():
         return False
     on_gpu = gpu.is_gpu(x)
     if x.dtype == torch.float64:  # which oneDNN hasn't: PyTorch's own operations are slower in channels-last
@@ -197,7 +197,7 @@ def _runs_here(x: Tensor) -> bool:
         is_exporting = torch.compiler._is_exporting_flag
         if is_exporting or not (torch.is_grad_enabled() or _precision(x) in SLOW_DTYPES):
             return False  # an exported program is for anywhere; inference is left to the compiler
-    if not (on_gpu or x.is_cpu) or x.dim() != 4 or x.numel() == 0 or build.transformed():
+    if not (on_gpu or x.is_cpu) or x.dim() != 4 or x.numel() == 0 or switch.transformed():
         return False
     return not on_gpu or gpu.takes(x)
 
@@ -380,7 +380,7 @@ def _is_gelu(act: nn.Module) -> bool:
 @torch.no_grad()
 def _move_running_stats(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """Moves `norm`'s running statistics by a batch's mean and biased variance, each [C] over `count` values."""
-    if build.recomputes():
+    if switch.recomputes():
         return  # they moved before, and checkpointing changes nothing
     assert norm.momentum is not None and norm.running_mean is not None and norm.running_var is not None  # `_fuses`
     if norm.num_batches_tracked is not None:

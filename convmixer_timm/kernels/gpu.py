@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import one_line
-from . import build
+from . import switch
 
 __all__ = ["channel_mixing", "is_gpu", "pays", "spatial_mixing", "takes"]
 
@@ -27,7 +27,7 @@ def takes(x: Tensor) -> bool:
     """Whether the kernels are wanted, and work, for what trains with `x` under autocast."""
     kind = x.device.type
     return (
-        build.enabled(gpu=True)
+        switch.enabled(gpu=True)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()  # a mode, to count operations say, sees PyTorch's alone

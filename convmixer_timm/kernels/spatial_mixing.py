@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import build, operators
+from . import operators, switch
 
 __all__ = ["differentiable_grads", "spatial_mixing"]
 
@@ -62,7 +62,7 @@ def _backward(ctx, grad, *_):
         x_grad = None
     if not for_weight:
         weight_grad = bias_grad = None
-    elif not build.batched(grad):
+    elif not switch.batched(grad):
         weight_grad = torch.empty_like(weight).copy_(weight_grad)  # in its strides, which DDP's buckets expect
     return x_grad, weight_grad, bias_grad, gamma_grad, beta_grad, None, None, None, None
 

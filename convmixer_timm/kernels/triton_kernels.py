@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.testing import do_bench
 
-from . import build
+from . import switch
 from .spatial_mixing import differentiable_grads
 
 __all__ = ["channel_mixing", "spatial_mixing"]
@@ -322,7 +322,7 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 def _finish(stats, norm):
     """Mean and 1 / standard deviation of the tiles' statistics; moves the norm's, unless a checkpoint recomputes."""
-    again = build.recomputes()
+    again = switch.recomputes()
     if norm.num_batches_tracked is not None and not again:
         norm.num_batches_tracked.add_(1)
     _, channels, tiles = stats.shape

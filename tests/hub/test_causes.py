@@ -14,7 +14,7 @@ from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.errors import HubError, local_cause, one_line, printable, transfer_reason
 from convmixer_timm.files import as_text
 from convmixer_timm.inference import download
-from convmixer_timm.inference.optimize import unavailable
+from convmixer_timm.inference.engines import unavailable
 
 from ..conftest import IMAGES
 from .conftest import Client, environment

@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard, SpaceCard
 
-from convmixer_timm.inference.optimize import unavailable
+from convmixer_timm.inference.engines import unavailable
 
 from .server import Repo
 from .test_packing import make_run

@@ -16,13 +16,13 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from PIL import Image
 
 from convmixer_timm import ConvMixer, class_names, export, predict
-from convmixer_timm.images import find_images
 from convmixer_timm.inference import optimize as optimize_module
+from convmixer_timm.inference.calibration import calibration_batches
+from convmixer_timm.inference.engines import quiet, unavailable
 from convmixer_timm.inference.folding import fold_norms
-from convmixer_timm.inference.optimize import TOLERANCES, calibration_batches, optimize, unavailable
+from convmixer_timm.inference.optimize import TOLERANCES, optimize
 from convmixer_timm.kernels import fast
 
 from ..conftest import IMAGES
@@ -307,31 +307,6 @@ def test_another_head_of_the_model_renames_nothing(model, images, monkeypatch):
         optimize(other, images, "inductor")
 
 
-def test_calibration_takes_loaders_and_folders(model, images):
-    pairs = [(images[:20], torch.zeros(20)), (images[20:], torch.zeros(10))]
-    assert torch.equal(torch.cat(list(calibration_batches(model, pairs))), images)
-    assert len(list(calibration_batches(model, [torch.zeros(200, 3, 32, 32)] * 5))) == 2
-    assert torch.equal(torch.cat(list(calibration_batches(model, images))), images)
-    assert torch.equal(torch.cat(list(calibration_batches(model, images.numpy()))), images)
-    assert torch.equal(torch.cat(list(calibration_batches(model, [{"pixel_values": images, "labels": 1}]))), images)
-    one = list(calibration_batches(model, IMAGES / "ship/0000.png"))
-    for image in (str(IMAGES / "ship/0000.png"), Image.open(IMAGES / "ship/0000.png")):
-        assert torch.equal(torch.cat(list(calibration_batches(model, [image]))), one[0])
-    for wrong in (5, [()], [5], [{"a": 1}]):
-        with pytest.raises(ValueError, match="calibration images"):
-            list(calibration_batches(model, wrong))
-
-
-def test_calibration_sees_every_class_and_fills_a_batch(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(optimize_module, "_CALIBRATION_IMAGES", 20)
-    batches = list(calibration_batches(model, IMAGES))  # of 30 images, of ten classes
-    classes = [find_images([IMAGES])[i * 30 // 20].parent.name for i in range(20)]
-    assert len(batches) == 20 and len(set(classes)) == 10
-    # A batch of more images than are looked at otherwise.
-    assert [len(batch) for batch in calibration_batches(model, IMAGES, batch=25)] == [25]
-    assert [len(batch) for batch in calibration_batches(model, IMAGES, batch=40)] == [40]
-
-
 @pytest.fixture(scope="module")
 def engine(model, images):
     """Each engine in each precision, made once."""
@@ -435,7 +410,7 @@ def test_what_is_quiet_in_two_threads_is_loud_afterwards():
     inside = threading.Barrier(2, timeout=0.2)
 
     def work():
-        with optimize_module.quiet(), contextlib.suppress(threading.BrokenBarrierError):
+        with quiet(), contextlib.suppress(threading.BrokenBarrierError):
             inside.wait()
 
     threads = [threading.Thread(target=work) for _ in range(2)]

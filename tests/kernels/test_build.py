@@ -115,11 +115,6 @@ def test_a_compiler_may_have_a_space_in_its_name_or_arguments(tmp_path):
         python(LOADS, XDG_CACHE_HOME=str(tmp_path), CXX=compiler)
 
 
-@pytest.mark.parametrize("off", ["0", "off", "False"])
-def test_it_is_turned_off_in_the_environment(off):
-    python("from convmixer_timm.kernels import build; assert not build.enabled()", CONVMIXER_TIMM_FAST=off)
-
-
 EVALUATES = """
 import torch
 from convmixer_timm import ConvMixer

@@ -1,7 +1,6 @@
 """When a model's layers run on the kernels, and that nobody sees it but in the time."""
 
 import copy
-import os
 import subprocess
 import sys
 import warnings
@@ -384,8 +383,6 @@ def test_one_switch_turns_it_off(calls):
     finally:
         set_fast_training(True)
     assert not calls
-    code = "from convmixer_timm.kernels import build; assert not build.enabled()"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CONVMIXER_TIMM_FAST": "0"})
 
 
 # ---- who looks on ----

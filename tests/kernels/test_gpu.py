@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from convmixer_timm import ConvMixer, set_fast_training
-from convmixer_timm.kernels import build, fast, gpu
+from convmixer_timm.kernels import fast, gpu
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -281,22 +281,6 @@ def test_a_batch_of_one_compiles():
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
-
-
-def test_the_switch():
-    assert not build.enabled(gpu=True)
-    set_fast_training(gpu=True)
-    assert build.enabled() and build.enabled(gpu=True)
-    set_fast_training(False)
-    assert not build.enabled() and not build.enabled(gpu=True)
-    set_fast_training()
-    assert build.enabled() and build.enabled(gpu=True)
-    set_fast_training(gpu=False)
-    assert build.enabled() and not build.enabled(gpu=True)
-    with pytest.raises(ValueError, match="gpu must be True or False, got 'yes'"):
-        set_fast_training(gpu="yes")
-    code = "from convmixer_timm.kernels import build; assert build.enabled() and build.enabled(gpu=True)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CONVMIXER_TIMM_FAST": "gpu"})
 
 
 def test_without_the_switch_a_gpu_gets_pytorchs_operations(monkeypatch):

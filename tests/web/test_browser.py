@@ -14,8 +14,8 @@ import convmixer_timm
 from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.images import image_loader
 from convmixer_timm.inference.class_map import ClassMap
+from convmixer_timm.inference.engines import unavailable
 from convmixer_timm.inference.loading import load_model
-from convmixer_timm.inference.optimize import unavailable
 
 from ..conftest import IMAGES
 from .browser import RUNTIME, Browser, need_browser

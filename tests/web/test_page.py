@@ -13,8 +13,8 @@ from convmixer_timm.cli import main
 from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.images import image_loader
 from convmixer_timm.inference.class_map import ClassMap, has_class_map
+from convmixer_timm.inference.engines import unavailable
 from convmixer_timm.inference.export import export
-from convmixer_timm.inference.optimize import unavailable
 from convmixer_timm.web import page as page_module
 
 from ..conftest import IMAGES
