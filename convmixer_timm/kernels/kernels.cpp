@@ -775,60 +775,86 @@ void mixing_backward(int threads, const T *x, const T *z, const T *dy, const flo
     if (dw) all.write(s, dw, db);
 }
 
+// Whether there was the memory to do `call`.
+template <class Call>
+bool in_memory(Call call) {
+    try {
+        call();
+        return true;
+    } catch (const std::bad_alloc &) {
+        return false;
+    }
+}
+
+// The same of `call(T(), Act())` by the activations' type and function.
+template <class Call>
+bool for_type(bool is_bf16, bool gelu, Call call) {
+    auto with = [&](auto type) {
+        using T = decltype(type);
+        if (gelu) call(type, Gelu<T>());
+        else call(type, Relu<T>());
+    };
+    return in_memory([&] {
+        if (is_bf16) with(bf16());
+        else with(float());
+    });
+}
+
 }  // namespace
 
 // What operators.py calls: the activations' type, threads and size, then arguments and results in its signatures' order. Each
 // says whether there was the memory to work with.
-
-#define IN_MEMORY(CALL)                 \
-    try {                               \
-        CALL;                           \
-        return true;                    \
-    } catch (const std::bad_alloc &) {  \
-        return false;                   \
-    }
-
-#define FOR_TYPE(CALL)                      \
-    IN_MEMORY(if (is_bf16) {                \
-        using T = bf16;                     \
-        if (gelu) { using Act = Gelu<T>; CALL; } else { using Act = Relu<T>; CALL; } \
-    } else {                                \
-        using T = float;                    \
-        if (gelu) { using Act = Gelu<T>; CALL; } else { using Act = Relu<T>; CALL; } \
-    })
 
 extern "C" {
 
 bool depthwise_weight_grad(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
                            const void *g, int64_t K, float *dw, float *db) {
     const Shape s{N, C, H, W, K};
-    IN_MEMORY(if (is_bf16) weight_grad(threads, (const bf16 *)x, (const bf16 *)g, dw, db, s);
-              else weight_grad(threads, (const float *)x, (const float *)g, dw, db, s))
+    return in_memory([&] {
+        if (is_bf16) weight_grad(threads, (const bf16 *)x, (const bf16 *)g, dw, db, s);
+        else weight_grad(threads, (const float *)x, (const float *)g, dw, db, s);
+    });
 }
 
 bool act_norm(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *z,
               const void *shortcut, const float *gamma, const float *beta, int64_t gelu, double eps, void *y, float *mean,
               float *var) {
-    FOR_TYPE((forward<T, Act>(threads, (const T *)z, (const T *)shortcut, gamma, beta, (T *)y, mean, var, N * H * W, C, eps)))
+    return for_type(is_bf16, gelu, [&](auto type, auto act) {
+        using T = decltype(type);
+        forward<T, decltype(act)>(threads, (const T *)z, (const T *)shortcut, gamma, beta, (T *)y, mean, var, N * H * W, C,
+                                  eps);
+    });
 }
 
 bool act_norm_inference(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *z,
                         const void *shortcut, const float *gamma, const float *beta, const float *mean, const float *var,
                         int64_t gelu, double eps, void *y) {
-    FOR_TYPE((normalise<T, Act>(threads, (const T *)z, (const T *)shortcut, gamma, beta, (T *)y, mean, var, N * H * W, C, eps)))
+    return for_type(is_bf16, gelu, [&](auto type, auto act) {
+        using T = decltype(type);
+        normalise<T, decltype(act)>(threads, (const T *)z, (const T *)shortcut, gamma, beta, (T *)y, mean, var, N * H * W, C,
+                                    eps);
+    });
 }
 
 bool act_norm_backward(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *z,
                        const void *dy, const float *gamma, const float *mean, const float *var, int64_t gelu, double eps,
                        void *dz, float *dgamma, float *dbeta) {
-    FOR_TYPE((backward<T, Act>(threads, (const T *)z, (const T *)dy, gamma, mean, var, (T *)dz, dgamma, dbeta, N * H * W, C, eps)))
+    return for_type(is_bf16, gelu, [&](auto type, auto act) {
+        using T = decltype(type);
+        backward<T, decltype(act)>(threads, (const T *)z, (const T *)dy, gamma, mean, var, (T *)dz, dgamma, dbeta, N * H * W,
+                                   C, eps);
+    });
 }
 
 bool spatial_mixing(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
                     const float *weight, const float *bias, const float *gamma, const float *beta, int64_t K,
                     int64_t residual, int64_t gelu, double eps, void *y, void *z, float *mean, float *var) {
     const Shape s{N, C, H, W, K};
-    FOR_TYPE((mixing_forward<T, Act>(threads, (const T *)x, weight, bias, gamma, beta, residual, (T *)y, (T *)z, mean, var, s, eps)))
+    return for_type(is_bf16, gelu, [&](auto type, auto act) {
+        using T = decltype(type);
+        mixing_forward<T, decltype(act)>(threads, (const T *)x, weight, bias, gamma, beta, residual, (T *)y, (T *)z, mean, var,
+                                         s, eps);
+    });
 }
 
 bool spatial_mixing_inference(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
@@ -836,7 +862,11 @@ bool spatial_mixing_inference(int64_t is_bf16, int64_t threads, int64_t N, int64
                               const float *mean, const float *var, int64_t K, int64_t residual, int64_t gelu, double eps,
                               void *y) {
     const Shape s{N, C, H, W, K};
-    FOR_TYPE((mixing_inference<T, Act>(threads, (const T *)x, weight, bias, gamma, beta, mean, var, residual, (T *)y, s, eps)))
+    return for_type(is_bf16, gelu, [&](auto type, auto act) {
+        using T = decltype(type);
+        mixing_inference<T, decltype(act)>(threads, (const T *)x, weight, bias, gamma, beta, mean, var, residual, (T *)y, s,
+                                           eps);
+    });
 }
 
 bool spatial_mixing_backward(int64_t is_bf16, int64_t threads, int64_t N, int64_t C, int64_t H, int64_t W, const void *x,
@@ -844,8 +874,11 @@ bool spatial_mixing_backward(int64_t is_bf16, int64_t threads, int64_t N, int64_
                              const float *var, int64_t K, int64_t residual, int64_t gelu, double eps, int64_t for_x,
                              int64_t for_weight, void *dx, float *dw, float *db, float *dgamma, float *dbeta) {
     const Shape s{N, C, H, W, K};
-    FOR_TYPE((mixing_backward<T, Act>(threads, (const T *)x, (const T *)z, (const T *)dy, weight, gamma, mean, var, residual,
-                                      (T *)dx, dw, db, dgamma, dbeta, s, eps)))
+    return for_type(is_bf16, gelu, [&](auto type, auto act) {
+        using T = decltype(type);
+        mixing_backward<T, decltype(act)>(threads, (const T *)x, (const T *)z, (const T *)dy, weight, gamma, mean, var,
+                                          residual, (T *)dx, dw, db, dgamma, dbeta, s, eps);
+    });
 }
 
 }  // extern "C"
