@@ -137,7 +137,6 @@ class ConvMixer(nn.Module):
         act: Callable[..., nn.Module] = get_act_layer(act_layer)
         norm: Callable[..., nn.Module] = get_norm_layer(norm_layer)
 
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = dim
         self.grad_checkpointing = False
@@ -209,7 +208,7 @@ class ConvMixer(nn.Module):
             num_classes: Classes; 0 for no classifier.
             global_pool: New pooling; None keeps the present one.
         """
-        weight = self.stem[0].weight
+        weight = next(self.parameters())
         self._set_head(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
         self.global_pool.train(self.training)
         self.head.train(self.training)
@@ -242,6 +241,8 @@ class ConvMixer(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         images = x
         x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            fast.settle(x)
         if torch.jit.is_scripting() or not stop_early:  # TorchScript can't slice the layers
             blocks = self.blocks
         else:
@@ -252,7 +253,10 @@ class ConvMixer(nn.Module):
             else:
                 x = block(x)
             if i in take_indices:
-                intermediates.append(fast.as_given(x, images))
+                features = fast.as_given(x, images)
+                intermediates.append(features)
+                if torch.is_grad_enabled():  # so that one has gradients by the next
+                    x = features
         if intermediates_only:
             return intermediates
         return fast.as_given(x, images), intermediates

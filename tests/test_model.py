@@ -231,6 +231,22 @@ def test_without_pooling_the_classifier_applies_at_each_position():
     assert pooled.shape == (2, 10)
 
 
+def test_a_layers_features_have_gradients_by_those_after():
+    """As for a Grad-CAM without hooks."""
+    model = ConvMixer(**SMALL).eval()
+    final, layers = model.forward_intermediates(images())
+    (by_logits,) = torch.autograd.grad(model.forward_head(final)[:, 3].sum(), layers[0], retain_graph=True)
+    (by_features,) = torch.autograd.grad(layers[2].sum(), layers[1])
+    assert by_logits.abs().sum() > 0 and by_features.abs().sum() > 0
+
+
+def test_any_stem_lets_the_classifier_be_replaced():
+    model = ConvMixer(**SMALL)
+    model.stem = nn.Sequential(nn.Sequential(model.stem))
+    model.reset_classifier(7)
+    assert model(images()).shape == (2, 7)
+
+
 def test_forward_intermediates_and_pruning():
     model = ConvMixer(**SMALL).eval()
     x = images()

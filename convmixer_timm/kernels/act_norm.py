@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import operators
 
-__all__ = ["act_norm"]
+__all__ = ["act_norm", "leaf"]
 
 
 def act_norm(
@@ -48,12 +48,11 @@ def _backward(ctx, grad, *_):
     if grad is None:  # nobody needs it
         return (None,) * 6
     x, gamma, mean, var = ctx.saved_tensors
-    shortcut_grad = grad if ctx.has_shortcut else None
     if torch.is_grad_enabled():  # create_graph=True: PyTorch's operations are themselves differentiable
         x_grad, gamma_grad, beta_grad = _pytorch_grads(ctx, x, gamma, grad, None, None)
-        return x_grad, shortcut_grad, gamma_grad, beta_grad, None, None
-    x_grad, gamma_grad, beta_grad = operators.act_norm_backward(x, grad, gamma, mean, var, ctx.gelu, ctx.eps)
-    return x_grad, shortcut_grad, gamma_grad, beta_grad, None, None
+    else:
+        x_grad, gamma_grad, beta_grad = operators.act_norm_backward(x, grad, gamma, mean, var, ctx.gelu, ctx.eps)
+    return x_grad, grad if ctx.has_shortcut else None, gamma_grad, beta_grad, None, None
 
 
 def _setup_inference_context(ctx, inputs, output):
@@ -74,12 +73,17 @@ def _inference_backward(ctx, grad):
     return x_grad, grad if ctx.has_shortcut else None, gamma_grad, beta_grad, None, None, None, None
 
 
+def leaf(t: Tensor) -> Tensor:
+    """`t` as a gradient's end, also where it was made by others that the gradient is for: layers may share weights."""
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
 def _pytorch_grads(ctx, x, gamma, grad, mean, var):
     """Gradients for `x`, `gamma` and beta by PyTorch's operations, which are themselves differentiable; by the batch's
     own statistics where there are no others."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        x, gamma, beta = (t if t.requires_grad else t.detach().requires_grad_() for t in (x, gamma, gamma.detach() * 0))
+        x, gamma, beta = map(leaf, (x, gamma, torch.zeros_like(gamma)))
         a = F.gelu(x) if ctx.gelu else F.relu(x)
         y = F.batch_norm(a, mean, var, gamma, beta, training=mean is None, eps=ctx.eps)
         return torch.autograd.grad(y, (x, gamma, beta), grad, create_graph=create_graph)

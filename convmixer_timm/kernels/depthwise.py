@@ -63,7 +63,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         if torch.is_grad_enabled() or switch.batched(grad):  # PyTorch can differentiate its own operation, and batch it
-            return _pytorch_grads(x, weight, grad, [for_x, for_weight, for_bias and ctx.has_bias], ctx.has_bias)
+            return _pytorch_grads(x, weight, grad, [for_x, for_weight, for_bias], ctx.has_bias)
         x_grad = weight_grad = bias_grad = None
         if for_x:
             x_grad = _input_grad(x, weight, grad, ctx.has_bias)

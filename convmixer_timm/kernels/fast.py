@@ -6,7 +6,6 @@ are faster, and in fp32 where they have no instructions for the type; on a GPU, 
 for them. Otherwise, or where somebody looks on (a tracer, a hook, a tensor subclass), its `forward` runs.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
@@ -52,6 +51,8 @@ SLOW_DTYPES = {dtype for dtype, name in ((torch.bfloat16, "bf16"), (torch.float1
 # are some 2000 images of 32 pixels by ConvMixer-256/8. Small maps don't count: who has single images waits for each.
 _LARGE, _MANY = 1 << 20, 1 << 31
 _evaluated = 0
+# Kernels up to this side are unrolled; beyond it an evaluation's convolution is PyTorch's, which is faster then.
+_UNROLLED = 9
 
 
 class _Layer(nn.Module):
@@ -81,11 +82,10 @@ class _Layer(nn.Module):
 class ConvActNorm(_Layer):
     """Before a sequence of convolution, activation and norm."""
 
-    def _fast(self, x, residual=False):
+    def _fast(self, x):
         if len(self) != 3:  # a part of one, or somebody put a layer in
-            y = self.forward(x)
-            return y + x if residual else y
-        return _conv_act_norm(x, *self, residual=residual)
+            return self.forward(x)
+        return _conv_act_norm(x, *self)
 
 
 class Residual(_Layer):
@@ -93,8 +93,8 @@ class Residual(_Layer):
 
     def _fast(self, x):
         plain = type(self.drop_path) is nn.Identity and untouched(self.drop_path)
-        if plain and isinstance(self.fn, ConvActNorm) and _is_as_made(self.fn):
-            return self.fn._fast(x, residual=True)
+        if plain and isinstance(self.fn, ConvActNorm) and len(self.fn) == 3 and _is_as_made(self.fn):
+            return _conv_act_norm(x, *self.fn, residual=True)
         return self.drop_path(self.fn(x)) + x
 
 
@@ -119,8 +119,7 @@ class GlobalPool(_Layer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         # Without pooling the layout is its caller's.
-        call = super().__call__ if self.pool_type else functools.partial(nn.Module.__call__, self)
-        return call(*args, **kwargs)
+        return super().__call__(*args, **kwargs) if self.pool_type else nn.Module.__call__(self, *args, **kwargs)
 
     def _fast(self, x):
         # Compiled, windows of one size would be for that size alone.
@@ -238,17 +237,18 @@ def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, 
         weights = *_parameters(conv), *_parameters(norm)
         settings = residual, _is_gelu(act), norm.eps
         if not norm.training:
-            return spatial_mixing_inference(x, *weights, *_running_stats(norm), conv.kernel_size[0], *settings)
+            return spatial_mixing_inference(x, *weights, *_running_stats(norm), conv.weight.shape[-1], *settings)
         y, mean, var = spatial_mixing(x, *weights, *settings)
         _move_running_stats(norm, mean, var, x.numel() // x.shape[1])
         return y
     elif _takes(z := _convolution(x, conv)) and _available(norm, z.numel()):
-        shortcut = x.to(z.dtype) if residual else None
-        if not norm.training:
-            return act_norm_inference(z, shortcut, *_parameters(norm), *_running_stats(norm), _is_gelu(act), norm.eps)
-        y, mean, var = act_norm(z, *_parameters(norm), _is_gelu(act), norm.eps, shortcut)
-        _move_running_stats(norm, mean, var, z.numel() // z.shape[1])
-        return y
+        shortcut = x if residual and x.dtype == z.dtype else None
+        if norm.training:
+            y, mean, var = act_norm(z, *_parameters(norm), _is_gelu(act), norm.eps, shortcut)
+            _move_running_stats(norm, mean, var, z.numel() // z.shape[1])
+        else:
+            y = act_norm_inference(z, shortcut, *_parameters(norm), *_running_stats(norm), _is_gelu(act), norm.eps)
+        return y + x if residual and shortcut is None else y
     z = act(z)  # each result frees the one before
     z = norm(z)
     return z + x if residual else z
@@ -314,7 +314,7 @@ def _is_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
         type(conv) is nn.Conv2d
         and conv.groups == conv.in_channels == conv.out_channels
         and (conv.padding, conv.stride, conv.dilation, conv.padding_mode) == ("same", (1, 1), (1, 1), "zeros")
-        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.weight.shape[2] == conv.weight.shape[3]
         and _plain(conv.weight)
         and untouched(conv)
     )
@@ -343,12 +343,13 @@ def _mixes(conv: nn.Module, x: Tensor, norm: nn.BatchNorm2d) -> TypeGuard[nn.Con
     trains, or is evaluated for no gradient."""
     if not _is_depthwise(conv) or conv.bias is None or not _takes(x):
         return False
-    if norm.training:
-        if not conv.weight.requires_grad:
-            return False
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, conv.weight, conv.bias, norm.weight, norm.bias)):
+    if x.dtype != _precision(conv.weight):
         return False
-    return x.dtype == _precision(conv.weight)
+    if norm.training:
+        return conv.weight.requires_grad
+    inputs = (x, conv.weight, conv.bias, norm.weight, norm.bias)
+    frozen = not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs)
+    return frozen and conv.weight.shape[-1] <= _UNROLLED
 
 
 def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
@@ -357,7 +358,8 @@ def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     return (
         type(norm) is nn.BatchNorm2d
         and (torch.is_grad_enabled() if norm.training else not torch.compiler.is_compiling())
-        and norm.affine
+        and norm.weight is not None
+        and norm.bias is not None
         and norm.track_running_stats
         and norm.momentum is not None
         and norm.running_mean is not None
@@ -385,5 +387,6 @@ def _move_running_stats(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: 
     assert norm.momentum is not None and norm.running_mean is not None and norm.running_var is not None  # `_fuses`
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+    # As PyTorch's own do, past the counter of versions: a graph that was made before may still need what they were.
+    norm.running_mean.data.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.data.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)

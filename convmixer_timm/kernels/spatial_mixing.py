@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import operators, switch
+from .act_norm import leaf
 
 __all__ = ["differentiable_grads", "spatial_mixing"]
 
@@ -86,7 +87,7 @@ def differentiable_grads(inputs, residual, gelu, eps, grad, convolve=_depthwise)
     Returns:
         One for each of `inputs`.
     """
-    inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+    inputs = [leaf(t) for t in inputs]
     x, weight, bias, gamma, beta = inputs
     z = convolve(x, weight.to(x.dtype), bias.to(x.dtype))
     y = F.batch_norm(F.gelu(z) if gelu else F.relu(z), None, None, gamma, beta, training=True, eps=eps)

@@ -363,13 +363,19 @@ def test_the_evaluation_of_a_few_images_builds_nothing(calls, monkeypatch, tmp_p
 
 
 @needs_compiler
-def test_a_checkpoint_computes_anew_what_it_computed(nothing_built):
+@pytest.mark.parametrize("intermediates", [False, True])
+def test_a_checkpoint_computes_anew_what_it_computed(nothing_built, intermediates):
     """Layers in evaluation before one in training, which has the kernels built at its first step."""
     model = small_model()
     model.set_grad_checkpointing()
     model.stem.eval()
     model.blocks[0].eval()
-    train_step(model, torch.randn(4, 3, 16, 16))
+    images = torch.randn(4, 3, 16, 16)
+    if intermediates:
+        features, layers = model.forward_intermediates(images)
+        (features.sum() + layers[0].sum()).backward()
+    else:
+        train_step(model, images)
 
 
 def test_one_switch_turns_it_off(calls):
@@ -589,6 +595,83 @@ def small_changed(change):
     model = small_model()
     change(model)
     return model
+
+
+def _share_a_layer(model):
+    model.blocks[1] = model.blocks[0]
+
+
+def _share_a_norm(model):
+    model.blocks[1][3] = model.blocks[0][3]
+
+
+def _norms_without_bias(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.bias = None
+
+
+def _larger_kernels(model):
+    for block in model.blocks:
+        conv = block[0].fn[0]
+        conv.weight = nn.Parameter(F.pad(conv.weight.data, (1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("change", [_share_a_layer, _share_a_norm, _norms_without_bias, _larger_kernels])
+@pytest.mark.parametrize("mode", ["training", "training, norms frozen", "evaluation"])
+def test_what_people_change_gives_timms_gradients(way, change, mode):
+    """To first and second order."""
+    x = torch.randn(4, 3, 16, 16)
+    found = []
+    for cls in (ConvMixer, TimmConvMixer):
+        model = evaluated(cls)
+        change(model)
+        model.train(mode != "evaluation")
+        if mode == "training, norms frozen":
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        weights = list(model.parameters())
+        first = torch.autograd.grad(model(x).square().sum(), weights)
+        twice = torch.autograd.grad(model(x).square().sum(), weights, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in twice), weights)
+        with torch.no_grad():
+            found.append([model(x).flatten(), *(torch.cat([g.flatten() for g in grads]) for grads in (first, second))])
+    for ours, theirs in zip(*found, strict=True):
+        assert relative(ours, theirs) < 1e-4
+
+
+def test_an_evaluation_and_a_step_share_a_backward(way):
+    """PyTorch's norms move their statistics without a graph that was made before noticing."""
+    x = torch.randn(4, 3, 16, 16)
+    found = []
+    for cls in (ConvMixer, TimmConvMixer):
+        model = evaluated(cls)
+        loss = model(x).square().mean()
+        (loss + model.train()(x).square().mean()).backward()
+        found.append(torch.cat([t.flatten() for t in model.state_dict().values()]))
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative(found[0], found[2]) < 1e-5
+    assert relative(found[1], found[3]) < 1e-4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_residual_of_fp32_under_autocast_is_fp32(way, training):
+    """As of features that somebody gives to a layer alone: PyTorch's addition takes the wider type."""
+    x, layer = torch.randn(2, 32, 8, 8), small_model().blocks[0][0].train(training)
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.float32
+        assert relative(y - x, layer.fn(x)) < 1e-5
+
+
+def test_large_kernels_are_evaluated_by_pytorchs_convolution(calls):
+    model = small_model().eval()
+    for block in model.blocks:
+        block[0].fn[0] = nn.Conv2d(32, 32, 11, groups=32, padding="same")
+    with torch.no_grad():
+        model(torch.randn(4, 3, 16, 16))
+    assert "spatial_mixing_inference" not in calls
 
 
 def test_a_part_of_a_layer_is_a_sequence():
