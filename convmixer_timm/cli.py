@@ -1,16 +1,23 @@
 """The ``convmixer-timm`` command: the list of its sub-commands, each a few lines over its room's functions."""
 
 import argparse
+import contextlib
 import io
 import os
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import DISK, RunError, one_line, os_reason, printable
 from .version import version
 
 DEFAULT_MODEL = "convmixer_256_8.e100_cifar10"
+
+
+_path = os.path.expanduser  # where no shell did: --output=~/x
 
 
 def _positive(text: str) -> int:
@@ -135,17 +142,13 @@ def _run(args: argparse.Namespace) -> int:
     from .training.launch import launch
 
     if any(arg.partition("=")[0] == "--timm-scripts" for arg in args.args):
-        raise ValueError(f"--timm-scripts DIR stands before {args.script.split()[-1]}")
-    run = launch(args.script, args.args, args.timm_scripts)
+        raise ValueError(f"--timm-scripts DIR stands before {args.script if args.recipe is None else args.recipe}")
+    run = launch(args.script, args.args, args.timm_scripts, args.recipe)
     if run:
         args.started = True  # from here on errors are the script's own
         run()
+        args.started = False
     return 0
-
-
-def _train(args: argparse.Namespace) -> int:
-    args.script = f"train {args.recipe}"
-    return _run(args)
 
 
 def _recipes(args: argparse.Namespace) -> int:
@@ -168,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     p = command("predict", _predict, "Classify images.")
-    p.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob")
+    p.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help="file, folder or glob")
     p.add_argument("--model", default=DEFAULT_MODEL, help="NAME, hf-hub:OWNER/NAME or local-dir:FOLDER (%(default)s)")
     p.add_argument("--topk", type=_positive, default=5, help="classes an image (%(default)s)")
     p.add_argument("--format", choices=("csv", "json", "table"), default="table", help="output (%(default)s)")
@@ -178,17 +181,17 @@ def _parser() -> argparse.ArgumentParser:
     command("list", _list, "Show the variants, their size and their weights.")
 
     p = command("convert", _convert, "Convert another implementation's ConvMixer checkpoint to timm's layout.")
-    p.add_argument("source", metavar="IN", help="checkpoint of timm, the authors, labml or mmpretrain")
-    p.add_argument("target", metavar="OUT.safetensors")
+    p.add_argument("source", type=_path, metavar="IN", help="checkpoint of timm, the authors, labml or mmpretrain")
+    p.add_argument("target", type=_path, metavar="OUT.safetensors")
 
     p = command("verify", _verify, "Check the files of bundled and downloaded checkpoints.")
     p.add_argument("names", nargs="*", metavar="NAME", help="checkpoints (all that are here)")
 
     p = command("publish", _publish, "Publish a trained model on the Hugging Face Hub, in one commit.")
-    p.add_argument("source", help="folder under weights/, output folder of a training, or checkpoint file")
+    p.add_argument("source", type=_path, help="folder under weights/, output folder of a training, or checkpoint file")
     p.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="made if it isn't there")
     p.add_argument("--model", metavar="VARIANT", help="the architecture, for a checkpoint file")
-    p.add_argument("--labels", metavar="FILE", help="class names, one a line (those of the training's data folder)")
+    p.add_argument("--labels", type=_path, metavar="FILE", help="class names, one a line (the data folder's)")
     p.add_argument("--private", action="store_true", help="make a new repository private")
     p.add_argument("--revision", metavar="BRANCH", help="made if it isn't there (main)")
     p.add_argument("--create-pr", action="store_true", help="open a pull request instead")
@@ -200,36 +203,37 @@ def _parser() -> argparse.ArgumentParser:
     p = command("plot", _plot, "Draw a model's patch-embedding filters and depthwise kernels, and what it looks at.")
     p.add_argument("model", metavar="MODEL", help="NAME, hf-hub:OWNER/NAME or local-dir:FOLDER")
     p.add_argument("--layers", type=_layers, metavar="I,J,…", help="whose kernels (first, middle and last)")
-    p.add_argument("--image", nargs="+", metavar="IMAGE", default=(), help="file, folder or glob: a heat map for each")
-    p.add_argument("-o", "--output", metavar="DIR", default=".", help="folder for the PNG files (%(default)s)")
+    p.add_argument("--image", nargs="+", type=_path, metavar="IMAGE", default=(), help="a heat map for each")
+    p.add_argument("-o", "--output", type=_path, metavar="DIR", default=".", help="for the PNG files (%(default)s)")
 
     p = command("export", _export, "Write a model for another program, with its preprocessing as metadata.")
     p.add_argument("model", metavar="MODEL", help="NAME, hf-hub:OWNER/NAME or local-dir:FOLDER")
     p.add_argument("--format", choices=("onnx", "openvino", "torch-export"), required=True)
     p.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="fp32", help="(%(default)s)")
     p.add_argument("--dynamic-batch", action="store_true", help="for any number of images at a time (one)")
-    p.add_argument("--calibration", metavar="DIR", help="images to choose int8's scales by")
-    p.add_argument("-o", "--output", metavar="OUT", required=True, help="file: .onnx, .xml or .pt2")
+    p.add_argument("--calibration", type=_path, metavar="DIR", help="images to choose int8's scales by")
+    p.add_argument("-o", "--output", type=_path, metavar="OUT", required=True, help="file: .onnx, .xml or .pt2")
 
     p = command("page", _page, "Write a static page on which visitors try the model in their browsers.")
     p.add_argument("model", metavar="MODEL", help="NAME, hf-hub:OWNER/NAME or local-dir:FOLDER")
-    p.add_argument("-o", "--output", metavar="FOLDER", default="page", help="(%(default)s)")
+    p.add_argument("-o", "--output", type=_path, metavar="FOLDER", default="page", help="(%(default)s)")
     p.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="(%(default)s)")
-    p.add_argument("--calibration", metavar="DIR", help="images to choose int8's scales by")
+    p.add_argument("--calibration", type=_path, metavar="DIR", help="images to choose int8's scales by")
     p.add_argument("--title", help="of the page (the model's name)")
-    p.add_argument("--examples", nargs="+", metavar="IMAGE", help="pictures to try (the bundled ones, for CIFAR-10)")
-    p.add_argument("--runtime", metavar="FOLDER", help="npm's onnxruntime-web, to be part of the page (from a CDN)")
+    p.add_argument("--examples", nargs="+", type=_path, metavar="IMAGE", help="to try (the bundled ones, for CIFAR-10)")
+    p.add_argument("--runtime", type=_path, metavar="FOLDER", help="npm's onnxruntime-web, for the page (from a CDN)")
 
-    def runner(name, run, what, help, rest):
-        p = command(name, run, help)
+    def runner(name, what, help, rest):
+        p = command(name, _run, help)
+        p.set_defaults(script="train", recipe=None)
         where = "clone of timm's repository ($TIMM_SCRIPTS; else downloaded)"
-        p.add_argument("--timm-scripts", metavar="DIR", help=where)
+        p.add_argument("--timm-scripts", type=_path, metavar="DIR", help=where)
         p.add_argument(what, metavar=what.upper(), help=rest)
         p.add_argument("args", nargs=argparse.REMAINDER, metavar="…", help="the script's own arguments")
 
     scripts = "train, validate, inference, benchmark, onnx_export, …"
-    runner("run", _run, "script", "Run one of timm's scripts with the ConvMixer variants registered.", scripts)
-    runner("train", _train, "recipe", "Train by a recipe, or go on with an interrupted run.", "name or YAML file")
+    runner("run", "script", "Run one of timm's scripts with the ConvMixer variants registered.", scripts)
+    runner("train", "recipe", "Train by a recipe, or go on with an interrupted run.", "name or YAML file")
     command("recipes", _recipes, "Show the recipes.")
     return parser
 
@@ -242,7 +246,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.started = False
     try:
-        return args.run(args)
+        with contextlib.nullcontext() if args.run is _run else _terminable():
+            code: int = args.run(args)
+        _flush()
+        return code
     except KeyboardInterrupt:
         return 130  # what a shell gives for it; Python's own code depends on what runs at exit
     except ModuleNotFoundError as error:
@@ -251,10 +258,35 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError) as error:
         if args.started and not isinstance(error, RunError):  # a script's errors pass through as they are
             raise
+        with contextlib.suppress(OSError):
+            _flush()
         if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         return _fail(error)
+
+
+def _flush() -> None:
+    """Writes out what was printed. What can't be is dropped: Python would try once more at its end."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Has SIGTERM, a time limit's say, end a command as Ctrl-C does, so that nothing half-written stays."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may ask for signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(error: Exception) -> int:

@@ -271,7 +271,13 @@ def _from_array(source: Any) -> Image.Image:
             source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
         except (RuntimeError, TypeError) as error:  # meta, sparse, of 8-bit floats
             raise ValueError(f"not a tensor of pixels: {one_line(error)}") from error
-    values = np.asarray(source)
+    try:
+        values = np.asarray(source)
+    except ValueError as error:  # a pair of image and label, as loaders and torchvision's datasets give them
+        hint = ": give the images alone" if isinstance(source, tuple | list) else ""
+        raise ValueError(
+            f"an image is a path, a PIL image or an array [H, W, 3], got a {type(source).__name__}{hint}"
+        ) from error
     if values.ndim not in (2, 3) or values.shape[2:] not in ((), (1,), (3,), (4,)):
         got = f"{list(values.shape)}" if values.ndim else f"a {type(source).__name__}"
         hint = ""

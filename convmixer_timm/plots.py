@@ -1,6 +1,7 @@
 """Pictures of a model and of its training, with matplotlib."""
 
 import csv
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -198,7 +199,7 @@ def draw_heat_map(model: Any, image: torch.Tensor, names: list[str], target: Pat
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     for axes, title in zip(figure.subplots(1, 2), ("image", said), strict=True):
         axes.imshow(shown.permute(1, 2, 0).numpy())
-        axes.set_title(title, fontsize="medium")
+        axes.set_title(title, fontsize="medium", parse_math=False)  # a class may be called US$
         axes.axis("off")
     axes.imshow(heat.numpy(), cmap="inferno", alpha=0.6)
     _save(figure, target)
@@ -230,5 +231,6 @@ def _grid(tiles: torch.Tensor, fill: float) -> torch.Tensor:
 
 
 def _save(figure: Figure, target: Path) -> None:
-    with atomic_path(target) as temporary:
+    with atomic_path(target) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # in a class's name, which shows as an empty box
         figure.savefig(temporary, dpi=120)

@@ -69,6 +69,8 @@ def test_heat_map_is_where_the_evidence_is(tmp_path):
     image[:, :8, :8] = 4.0
     said = draw_heat_map(model, image, ["dark", "bright"], tmp_path / "map.png")
     assert said.startswith("bright 1.0") and model.training
+    for name in ("US$_$5", "飛行機"):  # no formula; perhaps no letters of the font's
+        draw_heat_map(model, image, ["dark", name], tmp_path / "map.png")
     picture = Image.open(tmp_path / "map.png").convert("L")
     width, height = picture.size
     corner, rest = picture.getpixel((width * 9 // 16, height // 5)), picture.getpixel((width * 7 // 8, height * 3 // 4))

@@ -131,7 +131,9 @@ def publish(
         ValueError: If the source can't be packed, its copy computes something else, or the arguments don't go together.
         HubError: If the Hub refuses or can't be reached. The repository is as it was before.
     """
-    if not re.fullmatch(r"[^/]+/[^/]+", repo_id):
+    source = Path(source).expanduser()
+    labels = labels if labels is None or isinstance(labels, str) else list(labels)
+    if not isinstance(repo_id, str) or not re.fullmatch(r"[^/]+/[^/]+", repo_id):
         raise ValueError(f"--repo-id must be OWNER/NAME, got {repo_id!r}")
     utils.validate_repo_id(repo_id)
     if create_pr and (tag or revision):

@@ -72,7 +72,7 @@ def export(
         raise ValueError("an optimised model is for this process: export the model that it was made from")
     if odd := {f"{p.dtype} on {p.device}" for p in model.parameters()} - {"torch.float32 on cpu"}:
         raise ValueError(f"a model is written from fp32 on the CPU, and this one is {odd.pop()}: .float().cpu() it")
-    target = Path(target).expanduser()
+    target = Path(os.path.realpath(Path(target).expanduser()))  # where a link leads
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
     if precision not in FORMATS[format]:
@@ -90,6 +90,8 @@ def export(
     parts = [target, target.with_suffix(".bin")] if format == "openvino" else [target]
     if folders := [part for part in parts if part.is_dir()]:
         raise ValueError(f"{folders[0]} is a folder: name a file to write")
+    if parts[-1].exists() and not target.exists():
+        raise ValueError(f"{parts[-1]} would be replaced, and is no part of an earlier export: give another name")
     if format != "torch-export":
         reason = unavailable("onnxruntime" if format == "onnx" else "openvino")
         reason = reason or (unavailable("openvino", precision) if precision == "int8" else None)

@@ -45,7 +45,7 @@ def usable_device(name: str | torch.device | None = None) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(name)!r}: {str(error).splitlines()[0]}") from error
     return device
@@ -129,7 +129,7 @@ def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
     scheme, location = split_name(name)
     if scheme not in _SOURCES:
         raise ValueError(f"{name!r}: no source {scheme!r}; a model is NAME, hf-hub:OWNER/NAME or local-dir:FOLDER")
-    if not scheme and name not in timm.list_models(pretrained=True) and not timm.models.is_model_pretrained(name):
+    if not scheme and not timm.models.is_model_pretrained(name):
         arch = name.split(".")[0]
         known = (timm.is_model(arch) and timm.list_pretrained(f"{arch}*")) or timm.list_pretrained("convmixer*")
         if Path(name).is_dir():
@@ -206,6 +206,9 @@ def check_description(config: Path, state_dict: dict[str, torch.Tensor]) -> None
         raise ValueError(f"{config} is of {architecture!r}, which is no architecture that timm or this package knows")
     if not architecture.startswith("convmixer"):
         return
+    names = (content.get("pretrained_cfg") or {}).get("label_names") or content.get("label_names")
+    if isinstance(names, list) and isinstance(classes, int) and len(names) != classes:
+        raise ValueError(f"{config} has {len(names)} label_names for {classes} classes")
     check_sizes(sizes, state_dict, config)
 
 

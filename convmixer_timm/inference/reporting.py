@@ -19,21 +19,19 @@ Results = Iterable[Result]
 def _all(results: Results) -> Iterator[list[Result]]:
     """All of them; after Ctrl-C, which then goes on, those that there are."""
     rows: list[Result] = []
-    interrupt = None
     try:
         rows.extend(results)
-    except KeyboardInterrupt as error:
-        interrupt = error
+    except KeyboardInterrupt:
+        yield rows
+        raise
     yield rows
-    if interrupt:
-        raise interrupt
 
 
 def _table(results: Results) -> None:
     with _all(results) as rows:
         width = max((len(printable(path)) for path, _ in rows), default=0)
         for path, classes in rows:
-            print(f"{printable(path):{width}}  " + "  ".join(f"{name} {p:.3f}" for name, p in classes))
+            print(f"{printable(path):{width}}  " + "  ".join(f"{printable(name)} {p:.3f}" for name, p in classes))
 
 
 def _json(results: Results) -> None:

@@ -100,7 +100,13 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
         )
     readings, val_split = {"train": train}, args.val_split
     if val_split:
-        readings["validation"], val_split = _validation(args)
+        found = _split(args, val_split)
+        if found is None:
+            raise ValueError(
+                f"{args.data_dir} has no folder {', '.join(_names(val_split))} to validate on: put images that are not "
+                "trained on there, or name another folder by --val-split"
+            )
+        readings["validation"], val_split = found
         if val_split == args.train_split or os.path.realpath(readings["validation"].place) == os.path.realpath(
             train.place
         ):
@@ -155,22 +161,26 @@ def left_out(data: Data) -> list[str]:
     return notes
 
 
-def check_evaluation_data(args: Namespace, classes: list[str] | None, recorded: bool = True) -> str:
+def check_evaluation_data(
+    args: Namespace, classes: list[str] | None, recorded: bool = True, split: str = ""
+) -> tuple[str, str]:
     """Looks at what ``validate.py`` would measure on: layout, and the classes by name where the model's are known.
 
     Args:
         args: Arguments of ``validate.py``.
         classes: What the model calls its classes; None where nobody knows.
         recorded: Those are the names of the folders that it was trained on, not what a publisher wrote for people.
+        split: What the training validated on, where that is known.
 
     Returns:
-        What could not be compared, to be said; or nothing.
+        The split to measure on, chosen as for a training where there is none of the default's name; and what could not
+        be compared, to be said, or nothing.
 
     Raises:
         ValueError: With one line that names what is wrong.
     """
     check_root(args)
-    reading = _Reading(args, args.split)
+    reading, found = _split(args, args.split, split) or (_Reading(args, args.split), args.split)  # the root itself
     try:
         reading.check_layout()
     except ValueError as error:
@@ -178,9 +188,8 @@ def check_evaluation_data(args: Namespace, classes: list[str] | None, recorded: 
             raise
         raise ValueError(f"{args.data_dir} has no folder {args.split}: give --split NAME ({error})") from error
     harm = "its accuracy would be that of wrong names"
-    return compare_names(
-        reading.where, reading.classes, "the model", classes, harm, bool(args.class_map) or not recorded
-    )
+    unsure = bool(args.class_map) or not recorded
+    return found, compare_names(reading.where, reading.classes, "the model", classes, harm, unsure)
 
 
 def compare_names(
@@ -215,8 +224,7 @@ class _Reading:
     """A split opened by timm's reader, or torchvision's data set, with what it tells of itself."""
 
     def __init__(self, args: Namespace, split: str):
-        kind, _, _ = args.dataset.partition("/") if "/" in args.dataset else ("", "", "")
-        self.kind = kind.lower()
+        self.kind = args.dataset.partition("/")[0].lower() if "/" in args.dataset else ""
         self.where = f"{args.dataset} ({split})" if args.dataset else str(args.data_dir)
         self.place = self.where
         self.mapped = bool(args.class_map)
@@ -402,11 +410,15 @@ def _reason(error: BaseException) -> str:
     return reason.replace("You can use download=True to download it", "--dataset-download downloads it")
 
 
-def _validation(args: Namespace) -> tuple[_Reading, str]:
-    """The split to validate on, with its name: ``val`` or ``test`` where there is no ``validation``."""
-    names = ["validation", "val", "test"] if args.val_split == "validation" else [args.val_split]
+def _names(split: str, other: str = "") -> list[str]:
+    """What the split to validate on may be called; the scripts' default, ``validation``, has other names too."""
+    return list(filter(None, [split, other, "val", "test"])) if split == "validation" else [split]
+
+
+def _split(args: Namespace, split: str, other: str = "") -> tuple[_Reading, str] | None:
+    """The first of these that is there, with its name; None where a folder has none of them."""
     problem: ValueError | None = None
-    for name in names:
+    for name in _names(split, other):
         try:
             reading = _Reading(args, name)
         except ValueError as error:
@@ -416,10 +428,9 @@ def _validation(args: Namespace) -> tuple[_Reading, str]:
             continue
         if not reading.in_root:
             return reading, name
-    raise problem or ValueError(
-        f"{args.data_dir} has no folder {', '.join(names)} to validate on: put images that are not trained on there, "
-        "or name another folder by --val-split"
-    )
+    if problem:
+        raise problem
+    return None
 
 
 def _class_names(reader: Any) -> tuple[list[str] | None, int | None]:

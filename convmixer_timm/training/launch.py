@@ -74,7 +74,7 @@ def _recipe_file(recipe: str) -> Path:
     if not path.is_file():
         path = Path(recipe)
     if not path.is_file():
-        raise ValueError(f"No recipe {recipe!r}; there are {', '.join(recipes())}, or give a YAML file.")
+        raise ValueError(f"no recipe {recipe!r}; there are {', '.join(recipes())}, or give a YAML file.")
     return path
 
 
@@ -109,16 +109,19 @@ def train_arguments(recipe: str, args: list[str]) -> list[str]:
     return [*out, *args]
 
 
-def launch(script: str, args: list[str], folder: str | None = None) -> Callable[[], None] | None:
+def launch(
+    script: str, args: list[str], folder: str | None = None, recipe: str | None = None
+) -> Callable[[], None] | None:
     """Makes ready to run one of timm's scripts in this process.
 
     What would train or measure on other data than the user thinks is refused; see `prepare_training` and
     `prepare_evaluation`.
 
     Args:
-        script: Its name, or 'train RECIPE'.
+        script: Its name.
         args: Its arguments.
         folder: A clone of timm's repository, as for `scripts.find_script`.
+        recipe: For ``train``, the recipe that the arguments come after.
 
     Returns:
         What runs the script; what that raises is the script's own. None where there is nothing left to do.
@@ -127,15 +130,17 @@ def launch(script: str, args: list[str], folder: str | None = None) -> Callable[
         OSError: If there is no such script.
         ValueError: If its data or arguments can't be right; the message is one line.
     """
-    name, _, recipe = script.partition(" ")
-    if recipe:
+    if recipe is not None:
         args = train_arguments(recipe, args)
-    path = find_script(name, folder)
-    if recipe:
-        check_config(path, _recipe_file(recipe))
-    elif path.stem == "train" and (config := _config(args)):
-        read_config(Path(config))
-    prepared = prepare_training(path, args, recipe) if path.stem == "train" else prepare_evaluation(path, args)
+    path = find_script(script, folder)
+    if path.stem == "train":
+        if config := _config(args):
+            # Another version of timm may have written it, as the args.yaml of a run.
+            for note in check_config(path, Path(config), complete=recipe is not None):
+                _say(note)
+        prepared = prepare_training(path, args, recipe or "")
+    else:
+        prepared = prepare_evaluation(path, args)
     return None if prepared is None else lambda: run_script(path, prepared)
 
 
@@ -321,7 +326,12 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
         check_root(options)
     elif path.stem == "validate":
         classes = record.data.classes if record else _pretrained_classes(options)
-        if note := check_evaluation_data(options, classes, recorded=bool(record)):
+        validated = record.data.val_split if record else ""
+        split, note = check_evaluation_data(options, classes, recorded=bool(record), split=validated)
+        if split != options.split:
+            _say(f"{options.data_dir or options.dataset} has no {options.split}: validating on {split}")
+            args = [*args, "--split", split]
+        if note:
             _say(note)
     return args
 

@@ -128,21 +128,36 @@ def read_config(file: Path) -> dict[Any, Any]:
     return content
 
 
-def check_config(path: Path, file: Path) -> None:
+def check_config(path: Path, file: Path, complete: bool = True) -> list[str]:
     """Looks at a ``--config`` file's settings, which the script's own parser takes as they come.
 
+    Args:
+        path: The script; of one without a parser of timm's form only the YAML is looked at.
+        file: In YAML.
+        complete: The script has to know every setting.
+
+    Returns:
+        A line for each setting that it doesn't know.
+
     Raises:
-        ValueError: With one line, for a setting that the script doesn't have, or a value of another type than it takes.
+        ValueError: With one line, for such a setting, or a value of another type than the script takes.
     """
-    options: dict[Any, Any] = {action.dest: action for action in _module(path)["parser"]._actions}
-    for name, value in read_config(file).items():
+    settings, unknown = read_config(file), []
+    parser = _module(path).get("parser")
+    if parser is None:
+        return unknown
+    options: dict[Any, Any] = {action.dest: action for action in parser._actions}
+    for name, value in settings.items():
         if name not in options:
             meant = alike(str(name).replace("-", "_"), options)
-            raise ValueError(f"{file}: {path.name} has no setting {name!r}{meant}")
-        option = options[name]
-        if value is None and option.default is None:
+            unknown.append(f"{file}: {path.name} has no setting {name!r}{meant}")
+            if complete:
+                raise ValueError(unknown[-1])
             continue
+        option = options[name]
         switch, several = option.nargs == 0, option.nargs not in (None, 0, "?")
+        if value is None and (option.default is None or (switch and not complete)):
+            continue
         if switch:
             wanted, fits = "true or false", isinstance(value, bool)
         elif isinstance(option, ParseKwargs):
@@ -166,6 +181,7 @@ def check_config(path: Path, file: Path) -> None:
             wanted, fits = f"a text, '{value}'" if value is not None else "a text", isinstance(value, str)
         if not fits:
             raise ValueError(f"{file}: {name} has to be {wanted}, and is {'empty' if value is None else repr(value)}")
+    return unknown
 
 
 def import_modules(names: list[str] | None) -> None:

@@ -141,6 +141,18 @@ def test_a_file_in_a_folders_place_is_named(command, below, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_another_programs_file_is_left_alone(tmp_path):
+    if reason := unavailable("openvino"):
+        pytest.skip(reason)
+    model = timm.create_model("convmixer_128_4")
+    (tmp_path / "m.bin").write_text("precious")
+    with pytest.raises(ValueError, match=r"m\.bin would be replaced, and is no part of an earlier export"):
+        export(model, tmp_path / "m.xml", "openvino")
+    assert (tmp_path / "m.bin").read_text() == "precious"
+    for _ in range(2):  # an export of one's own is replaced
+        export(model, tmp_path / "n.xml", "openvino")
+
+
 @pytest.mark.parametrize(
     "labels, message",
     [

@@ -165,6 +165,7 @@ def test_what_was_classified_before_ctrl_c_is_shown(cifar_images, capsys, monkey
         (["--model", "convmixer_128_4.nope"], "With weights there are: convmixer_128_4.e25_cifar10"),
         (["--model", "local-dir:/nonexistent"], "nonexistent"),
         (["--device", "abacus"], "device 'abacus'"),
+        (["--device", "meta"], "device 'meta'"),
     ],
 )
 def test_wrong_arguments_get_one_line(argv, message, cifar_images, capsys):
@@ -193,6 +194,19 @@ def test_a_local_folder_with_one_channel_and_other_labels(tmp_path, cifar_images
     code, out, _ = run(capsys, cifar_images[0][0], "--model", f"local-dir:{tmp_path}", "--format", "json")
     assert code == 0
     assert {c["label"] for c in json.loads(out)[0]["classes"]} == {"ant", "bee"}
+
+
+def test_a_class_name_cannot_speak_to_the_terminal(tmp_path, capsys):
+    folder = WEIGHTS_DIR / NAME
+    config = json.loads((folder / "config.json").read_text())
+    for names in (config, config["pretrained_cfg"]):
+        if "label_names" in names:
+            names["label_names"] = ["\x1b[31mred\nline"] * 10
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, _ = run(capsys, IMAGES / "cat/0000.png", "--model", f"local-dir:{tmp_path}", "--topk", "2")
+    assert (code, out.count("\n"), out.count("\x1b[31mred\nline"), out.count("\x1b")) == (0, 1, 0, 0)
+    assert r"\x1b[31mred\nline" in out
 
 
 def test_list_shows_every_variant(capsys):
@@ -288,6 +302,7 @@ def test_an_image_that_cannot_be_read_is_named(model, tmp_path):
         (None, "images are paths, PIL images or arrays"),
         (np.array(7), "got a ndarray"),
         ([7], "an image is a path, a PIL image or an array"),
+        ([(np.zeros((8, 8, 3), np.uint8), 3)], "got a tuple: give the images alone"),
         (np.zeros((3, 32, 32)), r"got \[3, 32, 32\]"),
         ([torch.zeros(1, 3, 32, 32)], r"got \[1, 3, 32, 32\]"),
     ],
@@ -323,6 +338,10 @@ DAMAGED_CONFIGS = [
         "no preprocessing of images can be made from input_size",
     ),
     ('{"architecture": "convmixer_128_4", "num_classes": 10, "pretrained_cfg": {"mean": [1]}}', "no preprocessing"),
+    (
+        '{"architecture": "convmixer_128_4", "num_classes": 10, "label_names": ["a"]}',
+        "has 1 label_names for 10 classes",
+    ),
     (
         '{"architecture": "convmixer_128_4", "num_classes": 10, "pretrained_cfg": {"crop_pct": 1e-9}}',
         "no preprocessing",

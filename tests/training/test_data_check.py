@@ -327,9 +327,20 @@ def test_evaluation(tmp_path):
         with pytest.raises(ValueError, match="the model"):
             check_evaluation_data(args, classes)
     # Names that a publisher wrote for people may be others than the folders'; those of a training are the folders'.
-    assert "taken for the same, in this order" in check_evaluation_data(args, ["Ameise", "Biene"], recorded=False)
+    assert "taken for the same, in this order" in check_evaluation_data(args, ["Ameise", "Biene"], recorded=False)[1]
     for classes, recorded in ((["Ameise", "Biene"], True), (["Ameise", "Biene", "x"], False), (["bee", "ant"], False)):
         with pytest.raises(ValueError, match="the model"):
             check_evaluation_data(args, classes, recorded)
     with pytest.raises(ValueError, match="no folder val2: give --split"):
         check_evaluation_data(Namespace(**{**vars(args), "split": "val2"}), None)
+
+
+def test_the_split_to_evaluate_on(tmp_path):
+    """Where there is none of the default's name, the one that a training would take, or took."""
+    make_data(tmp_path)
+    args = Namespace(**DEFAULTS, data_dir=str(tmp_path), split="validation")
+    assert check_evaluation_data(args, None, split="held_out") == ("validation", "")
+    (tmp_path / "validation").rename(tmp_path / "test")
+    assert check_evaluation_data(args, None)[0] == "test"
+    (tmp_path / "train").rename(tmp_path / "held_out")
+    assert check_evaluation_data(args, None, split="held_out")[0] == "held_out"

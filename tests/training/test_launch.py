@@ -133,10 +133,11 @@ def test_what_is_evaluated_without_a_checkpoint_is_pretrained(timm_scripts, tmp_
 
 
 def test_unknown_recipe_is_named(capsys):
-    assert main(["train", "cifar11"]) == 1
-    err = capsys.readouterr().err
-    assert "'cifar11'" in err
-    assert "cifar10_e25" in err
+    for unknown in ("cifar11", ""):  # or a variable that isn't set
+        assert main(["train", unknown, "--data-dir", "nowhere"]) == 1
+        err = capsys.readouterr().err
+        assert f"no recipe {unknown!r}; there are" in err
+        assert "cifar10_e25" in err
     assert main(["recipes"]) == 0
     assert "cifar10_e25" in capsys.readouterr().out
 
@@ -224,6 +225,14 @@ def test_a_line_that_train_py_would_stumble_over_is_named(line, message, timm_sc
     assert main(argv) == 1
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_a_line_of_a_config_that_train_py_passes_over_is_said(timm_scripts, tmp_path, capsys):
+    """No error, as the args.yaml of another timm's run may have more."""
+    (tmp_path / "args.yaml").write_text("epochz: 1\npretrained: null\n")
+    main(["run", "--timm-scripts", str(timm_scripts), "train", "--config", str(tmp_path / "args.yaml")])
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first.endswith("args.yaml: train.py has no setting 'epochz': did you mean epochs?")
 
 
 @pytest.mark.parametrize("text, message", [("", "is no recipe"), ("[a]", "is no recipe"), ("a: [", "is no YAML")])

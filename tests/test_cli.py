@@ -1,0 +1,80 @@
+"""What every command does alike: where its output can't go, where it is stopped, and with names that begin with ~."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from convmixer_timm import checkpoints
+from convmixer_timm.cli import main
+from convmixer_timm.files import atomic_path
+
+from .conftest import IMAGES
+
+needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+
+
+def recipes(stdout):
+    """As in a shell: Python keeps what is printed until its end."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "convmixer_timm", "recipes"]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@needs_dev_full
+def test_output_that_the_disk_cant_take_is_an_error():
+    with open("/dev/full", "w") as full:
+        done = recipes(full)
+    assert done.returncode == 1
+    assert done.stderr.startswith("convmixer-timm: error: reading or writing a file: ")
+    assert "free some space" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_is_none():
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = recipes(writing)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def convert(source, target):
+        with atomic_path(Path(target)) as temporary:
+            temporary.write_text("the first half")
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoints, "convert", convert)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "in.pth", str(tmp_path / "out.safetensors")])
+    assert stop.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_directory(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Image.open(IMAGES / "cat/0000.png").save(tmp_path / "cat.png")
+    assert main(["predict", "~/cat.png", "--topk", "1"]) == 0
+    assert str(tmp_path / "cat.png") in capsys.readouterr().out
+    assert main(["plot", "convmixer_128_4.e25_cifar10", "--output=~/pictures"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.png", "pictures"]
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/file").write_text("before")
+    (tmp_path / "link").symlink_to("real/file")
+    with atomic_path(tmp_path / "link") as temporary:
+        temporary.write_text("after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/file").read_text() == "after"
