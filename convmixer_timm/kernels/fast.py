@@ -51,8 +51,8 @@ SLOW_DTYPES = {dtype for dtype, name in ((torch.bfloat16, "bf16"), (torch.float1
 # are some 2000 images of 32 pixels by ConvMixer-256/8. Small maps don't count: who has single images waits for each.
 _LARGE, _MANY = 1 << 20, 1 << 31
 _evaluated = 0
-# Kernels up to this side are unrolled; beyond it an evaluation's convolution is PyTorch's, which is faster then.
-_UNROLLED = 9
+# The largest kernels by which the loops of this folder evaluate; with larger ones PyTorch's convolution is faster.
+_WIDEST = 13
 
 
 class _Layer(nn.Module):
@@ -349,7 +349,7 @@ def _mixes(conv: nn.Module, x: Tensor, norm: nn.BatchNorm2d) -> TypeGuard[nn.Con
         return conv.weight.requires_grad
     inputs = (x, conv.weight, conv.bias, norm.weight, norm.bias)
     frozen = not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs)
-    return frozen and conv.weight.shape[-1] <= _UNROLLED
+    return frozen and conv.weight.shape[-1] <= _WIDEST
 
 
 def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:

@@ -142,7 +142,8 @@ def check_config(path: Path, file: Path, complete: bool = True) -> list[str]:
     Raises:
         ValueError: With one line, for such a setting, or a value of another type than the script takes.
     """
-    settings, unknown = read_config(file), []
+    settings = read_config(file)
+    unknown: list[str] = []
     parser = _module(path).get("parser")
     if parser is None:
         return unknown
