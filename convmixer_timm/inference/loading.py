@@ -197,17 +197,17 @@ def check_description(config: Path, state_dict: dict[str, torch.Tensor]) -> None
         architecture, args = content["architecture"], content.get("model_args") or {}
         classes = content.get("num_classes", 0)
         known = timm.is_model(architecture)
+        names = (content.get("pretrained_cfg") or {}).get("label_names") or content.get("label_names")
         sizes = {**args, "num_classes": args.get("num_classes", classes)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{config} doesn't describe a model to timm: it has no architecture") from error
+        raise ValueError(f"{config} doesn't describe a model to timm: it lacks an architecture, or its settings") from error
     if told := [name for name in args if name.startswith("pretrained")]:  # how to load weights is nothing of a model
         raise ValueError(f"{config} has the model argument {told[0]}, which is no size or choice of a model")
     if not known:
         raise ValueError(f"{config} is of {architecture!r}, which is no architecture that timm or this package knows")
     if not architecture.startswith("convmixer"):
         return
-    names = (content.get("pretrained_cfg") or {}).get("label_names") or content.get("label_names")
-    if isinstance(names, list) and isinstance(classes, int) and len(names) != classes:
+    if classes and isinstance(names, list) and len(names) != classes:
         raise ValueError(f"{config} has {len(names)} label_names for {classes} classes")
     check_sizes(sizes, state_dict, config)
 
