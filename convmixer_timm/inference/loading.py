@@ -200,7 +200,7 @@ def check_description(config: Path, state_dict: dict[str, torch.Tensor]) -> None
         names = (content.get("pretrained_cfg") or {}).get("label_names") or content.get("label_names")
         sizes = {**args, "num_classes": args.get("num_classes", classes)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{config} doesn't describe a model to timm: it lacks an architecture, or its settings") from error
+        raise ValueError(f"{config} doesn't describe a model to timm: it has no sound architecture") from error
     if told := [name for name in args if name.startswith("pretrained")]:  # how to load weights is nothing of a model
         raise ValueError(f"{config} has the model argument {told[0]}, which is no size or choice of a model")
     if not known:
