@@ -50,8 +50,8 @@ def private_dir() -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to, which becomes `path` when the block ends well and vanishes when it fails.
 
-    It may become a file or a folder; a folder that exists is replaced as a whole, by a folder only. Of a link that is
-    replaced what it leads to. Several processes may do so at once: each writes its own file and the last rename wins.
+    It may become a file or a folder; a folder that exists is replaced as a whole, by a folder only. Where it is a
+    link, what it leads to is replaced. Several processes may do so at once: the last rename wins.
     """
     path = Path(os.path.realpath(path))
     with folder_beside(path) as folder:

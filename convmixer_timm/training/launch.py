@@ -183,23 +183,10 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
         raise ValueError(f"--resume {resumed}: no such file")
     run = _earlier_run(options, resumed, recipe)
     if checkpoint := resumed or (run and run / LAST):
-        start, epochs = 1 + _epoch_of(checkpoint), scheduled_epochs(options)
-        if options.start_epoch is not None:
-            start = options.start_epoch
-        before = Record.read(checkpoint.parent)
-        if not resumed:
-            _check_same_run(checkpoint.parent, record, before)
-        elif before:
-            _check_resumable(checkpoint, record, before.at(start - 1), options)
-        record = record.going_on_from(before, start)
-        if start >= epochs:
-            done = f"{checkpoint.parent} is finished, {start} of {epochs} epochs."
-            if record is not before:
-                raise ValueError(
-                    f"{done} Nothing would be trained: to go on with it give --epochs N, more than {start}"
-                )
-            _say(f"{done} To start anew give --experiment NAME; to train longer give --epochs N --resume {checkpoint}")
+        going_on = _going_on(checkpoint, record, options)
+        if going_on is None:
             return None
+        record, start = going_on
         if not resumed:
             _say(f"Resuming from {checkpoint}")
             args = [*args, "--resume", str(checkpoint)]
@@ -237,6 +224,30 @@ def _earlier_run(options: Namespace, resumed: Path | None, recipe: str) -> Path 
             f"{run} has {others[-1].name} and no {LAST}: go on with it by --resume {others[-1]}, or give another "
             "--experiment"
         )
+    return None
+
+
+def _going_on(checkpoint: Path, record: Record, options: Namespace) -> tuple[Record, int] | None:
+    """The record of the run that goes on from a checkpoint, and its next epoch; None, which is said, where it is done.
+
+    Raises:
+        ValueError: If the checkpoint is of another run or model, or nothing would be trained.
+    """
+    start, epochs = 1 + _epoch_of(checkpoint), scheduled_epochs(options)
+    if options.start_epoch is not None:
+        start = options.start_epoch
+    before = Record.read(checkpoint.parent)
+    if not options.resume:
+        _check_same_run(checkpoint.parent, record, before)
+    elif before:
+        _check_resumable(checkpoint, record, before.at(start - 1), options)
+    record = record.going_on_from(before, start)
+    if start < epochs:
+        return record, start
+    done = f"{checkpoint.parent} is finished, {start} of {epochs} epochs."
+    if record is not before:
+        raise ValueError(f"{done} Nothing would be trained: to go on with it give --epochs N, more than {start}")
+    _say(f"{done} To start anew give --experiment NAME; to train longer give --epochs N --resume {checkpoint}")
     return None
 
 
