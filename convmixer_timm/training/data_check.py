@@ -100,13 +100,12 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
         )
     readings, val_split = {"train": train}, args.val_split
     if val_split:
-        found = _split(args, val_split)
-        if found is None:
+        readings["validation"], val_split = _split(args, val_split)
+        if readings["validation"].in_root:
             raise ValueError(
                 f"{args.data_dir} has no folder {', '.join(_names(val_split))} to validate on: put images that are not "
                 "trained on there, or name another folder by --val-split"
             )
-        readings["validation"], val_split = found
         if val_split == args.train_split or os.path.realpath(readings["validation"].place) == os.path.realpath(
             train.place
         ):
@@ -180,7 +179,7 @@ def check_evaluation_data(
         ValueError: With one line that names what is wrong.
     """
     check_root(args)
-    reading, found = _split(args, args.split, split) or (_Reading(args, args.split), args.split)  # the root itself
+    reading, found = _split(args, args.split, split)
     try:
         reading.check_layout()
     except ValueError as error:
@@ -415,10 +414,13 @@ def _names(split: str, other: str = "") -> list[str]:
     return list(filter(None, [split, other, "val", "test"])) if split == "validation" else [split]
 
 
-def _split(args: Namespace, split: str, other: str = "") -> tuple[_Reading, str] | None:
-    """The first of these that is there, with its name; None where a folder has none of them."""
+def _split(args: Namespace, split: str, other: str = "") -> tuple[_Reading, str]:
+    """The first of these that is there, with its name; where a folder has none of them, itself (`in_root`)."""
     problem: ValueError | None = None
+    root: _Reading | None = None
     for name in _names(split, other):
+        if root and not os.path.isdir(os.path.join(args.data_dir, name)):  # it would be read once more
+            continue
         try:
             reading = _Reading(args, name)
         except ValueError as error:
@@ -428,9 +430,11 @@ def _split(args: Namespace, split: str, other: str = "") -> tuple[_Reading, str]
             continue
         if not reading.in_root:
             return reading, name
-    if problem:
-        raise problem
-    return None
+        root = root or reading
+    if root:
+        return root, split
+    assert problem is not None  # there is a name at least
+    raise problem
 
 
 def _class_names(reader: Any) -> tuple[list[str] | None, int | None]:
