@@ -51,6 +51,9 @@ SLOW_DTYPES = {dtype for dtype, name in ((torch.bfloat16, "bf16"), (torch.float1
 # are some 2000 images of 32 pixels by ConvMixer-256/8. Small maps don't count: who has single images waits for each.
 _LARGE, _MANY = 1 << 20, 1 << 31
 _evaluated = 0
+# Compiled evaluation calls the kernels for feature maps of so many values, four images of 32 pixels by ConvMixer-256/8.
+# For smaller ones the calls cost more than they save, and everything is left to the compiler.
+_WORTH_A_CALL = 1 << 18
 # The largest kernels by which the loops of this folder evaluate; with larger ones PyTorch's convolution is faster.
 _WIDEST = 13
 
@@ -191,14 +194,15 @@ def _runs_here(x: Tensor) -> bool:
     on_gpu = gpu.is_gpu(x)
     if x.dtype == torch.float64:  # which oneDNN hasn't: PyTorch's own operations are slower in channels-last
         return False
-    if torch.compiler.is_compiling():
-        # What `torch.compiler.is_exporting` gives; compiled by an older torch, 2.10 say, that function always says yes.
-        is_exporting = torch.compiler._is_exporting_flag
-        if is_exporting or not (torch.is_grad_enabled() or _precision(x) in SLOW_DTYPES):
-            return False  # an exported program is for anywhere; inference is left to the compiler
+    compiles = torch.compiler.is_compiling()
+    # What `torch.compiler.is_exporting` gives; compiled by an older torch, 2.10 say, that function always says yes.
+    if compiles and torch.compiler._is_exporting_flag:  # a program for anywhere
+        return False
     if not (on_gpu or x.is_cpu) or x.dim() != 4 or x.numel() == 0 or switch.transformed():
         return False
-    return not on_gpu or gpu.takes(x)
+    if on_gpu:
+        return gpu.takes(x)
+    return not compiles or torch.is_grad_enabled() or _precision(x) in SLOW_DTYPES or build.available()
 
 
 def _precision(x: Tensor) -> torch.dtype:
@@ -241,7 +245,7 @@ def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, 
         y, mean, var = spatial_mixing(x, *weights, *settings)
         _move_running_stats(norm, mean, var, x.numel() // x.shape[1])
         return y
-    elif _takes(z := _convolution(x, conv)) and _available(norm, z.numel()):
+    elif _takes(z := _convolution(x, conv), norm) and _available(norm, z.numel()):
         shortcut = x if residual and x.dtype == z.dtype else None
         if norm.training:
             y, mean, var = act_norm(z, *_parameters(norm), _is_gelu(act), norm.eps, shortcut)
@@ -321,11 +325,14 @@ def _is_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def _available(norm: nn.BatchNorm2d, values: int = 0) -> bool:
-    """Whether the kernels are there, for a feature map of so many values; training or a long evaluation builds them."""
+    """Whether the kernels are there, for a feature map of so many values; training, compiling or a long evaluation builds
+    them."""
     global _evaluated
-    if not norm.training and values >= _LARGE:
+    if norm.training or torch.compiler.is_compiling():
+        return build.available()
+    if values >= _LARGE:
         _evaluated += values
-    return build.available(build=norm.training or _evaluated >= _MANY)
+    return build.available(build=_evaluated >= _MANY)
 
 
 def _parameters(module: nn.Conv2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -341,7 +348,7 @@ def _running_stats(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 def _mixes(conv: nn.Module, x: Tensor, norm: nn.BatchNorm2d) -> TypeGuard[nn.Conv2d]:
     """Whether `spatial_mixing` may stand for the convolution: one that would compute in the type of `x`, and that
     trains, or is evaluated for no gradient."""
-    if not _is_depthwise(conv) or conv.bias is None or not _takes(x):
+    if not _is_depthwise(conv) or conv.bias is None or not _takes(x, norm):
         return False
     if x.dtype != _precision(conv.weight):
         return False
@@ -353,11 +360,11 @@ def _mixes(conv: nn.Module, x: Tensor, norm: nn.BatchNorm2d) -> TypeGuard[nn.Con
 
 
 def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether `act_norm` may stand for ``norm(act(x))``: a BatchNorm2d, in training or in evaluation that isn't
-    compiled, and exact GELU or ReLU."""
+    """Whether `act_norm` may stand for ``norm(act(x))``: a BatchNorm2d, in training or in evaluation, and exact GELU or
+    ReLU."""
     return (
         type(norm) is nn.BatchNorm2d
-        and (torch.is_grad_enabled() if norm.training else not torch.compiler.is_compiling())
+        and (torch.is_grad_enabled() or not norm.training)
         and norm.weight is not None
         and norm.bias is not None
         and norm.track_running_stats
@@ -370,8 +377,10 @@ def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     )
 
 
-def _takes(x: Tensor) -> bool:
+def _takes(x: Tensor, norm: nn.BatchNorm2d) -> bool:
     """Whether the kernels take such a feature map; BatchNorm refuses a single value a channel, in its own words."""
+    if not norm.training and torch.compiler.is_compiling() and x.numel() < _WORTH_A_CALL:
+        return False
     return operators.takes(x) and x.numel() > x.shape[1]
 
 

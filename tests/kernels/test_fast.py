@@ -309,7 +309,6 @@ def test_types_that_dont_agree_are_an_error_still(no_instructions):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_it_takes_fp32_too(monkeypatch, training):
-    """Elsewhere a compiled evaluation is the compiler's."""
     monkeypatch.setattr(fast, "SLOW_DTYPES", {torch.bfloat16})
     torch.compiler.reset()
     types = set()
@@ -325,6 +324,23 @@ def test_compiled_it_takes_fp32_too(monkeypatch, training):
         logits = torch.compile(model, backend=backend)(x)
         torch.testing.assert_close(logits, copy.deepcopy(model)(x), atol=0.03, rtol=0.03)
     assert types == {torch.float32}
+
+
+@pytest.mark.parametrize("images, precision", [(128, "fp32"), (128, "autocast"), (127, "autocast")])
+def test_a_compiled_evaluation_calls_the_kernels_for_large_maps(way, images, precision):
+    torch.compiler.reset()
+    called = []
+
+    def backend(graph, _):
+        called.extend(str(node.target).split(".")[1] for node in graph.graph.nodes if "convmixer" in str(node.target))
+        return graph.forward
+
+    model, x = evaluated(), torch.randn(images, 3, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, precision == "autocast"):
+        logits = torch.compile(model, backend=backend, fullgraph=True)(x)
+        assert relative(logits, evaluated(TimmConvMixer)(x)) < (1e-6 if precision == "fp32" else 0.02)
+    by_kernels = way == "kernels" and images == 128
+    assert called == (["act_norm_inference", *["spatial_mixing_inference", "act_norm_inference"] * 2] if by_kernels else [])
 
 
 @pytest.fixture
