@@ -268,8 +268,9 @@ class _Reading:
                 raise ValueError("the class map has an empty line: remove it")
             if len(index) != 1 + max(index.values()):
                 raise ValueError("the class map has a name twice: leave one")
+        by_folder = self.kind == "" and not self.mapped
         alike: dict[Any, str] = {}
-        for name in self.classes or [] if self.kind == "" and not self.mapped else []:
+        for name in (self.classes or []) if by_folder else []:
             other = alike.setdefault(tuple(natural_key(name)), name)
             if other != name:  # timm sorts a set by this, so they would change places from process to process
                 raise ValueError(f"{self.where} has the classes {other} and {name}, which timm can't order: rename one")
@@ -280,7 +281,7 @@ class _Reading:
                 raise ValueError(
                     f"{Path(self.where, *parts[: hidden + 1])} is hidden, and would be read as images: remove it"
                 )
-            if len(parts) != 2 and self.kind == "" and not self.mapped:
+            if by_folder and len(parts) != 2:
                 told = "in no class's folder" if len(parts) == 1 else "deeper than its class's folder"
                 raise ValueError(f"{path} is {told}: images are looked for in {self.where}/CLASS/IMAGE")
 
