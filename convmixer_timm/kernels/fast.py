@@ -325,8 +325,8 @@ def _is_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def _available(norm: nn.BatchNorm2d, values: int = 0) -> bool:
-    """Whether the kernels are there, for a feature map of so many values; training, compiling or a long evaluation builds
-    them."""
+    """Whether the kernels are there, for a feature map of so many values; training, compiling and a long evaluation
+    build them."""
     global _evaluated
     if norm.training or torch.compiler.is_compiling():
         return build.available()
