@@ -51,9 +51,9 @@ SLOW_DTYPES = {dtype for dtype, name in ((torch.bfloat16, "bf16"), (torch.float1
 # are some 2000 images of 32 pixels by ConvMixer-256/8. Small maps don't count: who has single images waits for each.
 _LARGE, _MANY = 1 << 20, 1 << 31
 _evaluated = 0
-# Compiled evaluation calls the kernels for feature maps of so many values, four images of 32 pixels by ConvMixer-256/8.
-# For smaller ones the calls cost more than they save, and everything is left to the compiler.
-_WORTH_A_CALL = 1 << 18
+# Compiled evaluation calls the kernels for feature maps of so many values, of 16 or, in bf16, 4 images of 32 pixels by
+# ConvMixer-256/8. For smaller ones the calls cost more than they save, and everything is left to the compiler.
+_WORTH_A_CALL = {torch.float32: 1 << 20, torch.bfloat16: 1 << 18}
 # The largest kernels by which the loops of this folder evaluate; with larger ones PyTorch's convolution is faster.
 _WIDEST = 13
 
@@ -379,9 +379,9 @@ def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
 
 def _takes(x: Tensor, norm: nn.BatchNorm2d) -> bool:
     """Whether the kernels take such a feature map; BatchNorm refuses a single value a channel, in its own words."""
-    if not norm.training and torch.compiler.is_compiling() and x.numel() < _WORTH_A_CALL:
+    if not operators.takes(x) or x.numel() == x.shape[1]:
         return False
-    return operators.takes(x) and x.numel() > x.shape[1]
+    return norm.training or not torch.compiler.is_compiling() or x.numel() >= _WORTH_A_CALL[x.dtype]
 
 
 def _is_gelu(act: nn.Module) -> bool:

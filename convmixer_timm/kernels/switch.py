@@ -37,11 +37,10 @@ def enabled(gpu: bool = False) -> bool:
     return _enabled and (_gpu_enabled or not gpu)
 
 
+@torch.compiler.assume_constant_result  # the compiler traces within the transforms, and compiles anew for others
 def transformed() -> bool:
     """Whether torch.func (vmap, jvp, …) or forward-mode differentiation transforms what runs: the kernels' operators
     don't tell it how."""
-    if torch.compiler.is_compiling():
-        return False
     # torch has no public way to ask; torch.autograd.Function itself asks so.
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 

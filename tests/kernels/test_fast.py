@@ -326,7 +326,7 @@ def test_compiled_it_takes_fp32_too(monkeypatch, training):
     assert types == {torch.float32}
 
 
-@pytest.mark.parametrize("images, precision", [(128, "fp32"), (128, "autocast"), (127, "autocast")])
+@pytest.mark.parametrize("images, precision", [(512, "fp32"), (511, "fp32"), (128, "autocast"), (127, "autocast")])
 def test_a_compiled_evaluation_calls_the_kernels_for_large_maps(way, images, precision):
     torch.compiler.reset()
     called = []
@@ -339,10 +339,19 @@ def test_a_compiled_evaluation_calls_the_kernels_for_large_maps(way, images, pre
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, precision == "autocast"):
         logits = torch.compile(model, backend=backend, fullgraph=True)(x)
         assert relative(logits, evaluated(TimmConvMixer)(x)) < (1e-6 if precision == "fp32" else 0.02)
-    if way == "kernels" and images == 128:
+    if way == "kernels" and images in (128, 512):
         assert called == ["act_norm_inference", *["spatial_mixing_inference", "act_norm_inference"] * 2]
     else:
         assert not called
+
+
+def test_a_compiled_vmap_sees_pytorchs_operations(way, monkeypatch):
+    """So does a compiled jvp, whose compiling fails now and then in PyTorch, with timm's class too."""
+    monkeypatch.setattr(fast, "_WORTH_A_CALL", {torch.float32: 0})
+    torch.compiler.reset()
+    each, x = torch.vmap(evaluated()), torch.randn(2, 4, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(each, backend="aot_eager")(x), each(x))
 
 
 @pytest.fixture
