@@ -57,8 +57,6 @@ def launch(*args: str) -> float:
     environment = dict(
         os.environ,
         OMP_NUM_THREADS="1",
-        # PyTorch's fused attention takes twice as long here, on a CPU.
-        TIMM_FUSED_ATTN="0",
         PYTHONPATH=os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
     )
     command = [sys.executable, "-m", "convmixer_timm", *args]
