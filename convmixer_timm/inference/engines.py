@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -65,9 +66,32 @@ def quiet() -> Iterator[None]:
     Tracing warns of every shape that it fixes, which is meant, and NNCF draws its bars on stdout, which is for results.
     One thread at a time: warnings and stdout are the whole process's, and two that overlap would restore each other's.
     """
-    with _quiet, warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), torch.no_grad(), no_autocast():
+    with (
+        _quiet,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(sys.stderr),
+        _unreported(),
+        torch.no_grad(),
+        no_autocast(),
+    ):
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+    """Has OpenVINO and NNCF report nobody's use of them to their makers, which they do unless told otherwise.
+
+    They fork a process for each report, and this one's end waits for it: for seconds where no server answers, and for
+    ever where the fork caught a lock of another thread's.
+    """
+    try:
+        from openvino_telemetry.utils.opt_in_checker import ConsentCheckResult, OptInChecker
+    except ImportError:
+        yield
+    else:
+        with mock.patch.object(OptInChecker, "check", return_value=ConsentCheckResult.DECLINED):
+            yield
 
 
 def no_autocast() -> torch.autocast:

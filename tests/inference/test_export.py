@@ -1,7 +1,10 @@
 """`convmixer-timm export`: files for other programs, compared with the model before they are there."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -213,3 +216,15 @@ def test_a_model_in_training_stays_in_training(format, name, tmp_path):
     export(model, tmp_path / name, format, class_map=format == "onnx")
     assert has_class_map(model)
     assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.skipif(unavailable("openvino", "int8") is not None, reason="no OpenVINO or no NNCF")
+def test_nobody_is_told_of_it(tmp_path):
+    # OpenVINO and NNCF keep a number for each user in that folder, for what they report.
+    told = {k: v for k, v in os.environ.items() if k not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    cached = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    environment = {**told, "HOME": str(tmp_path), "XDG_CACHE_HOME": cached}
+    args = ["--format", "openvino", "--precision", "int8", "--calibration", str(IMAGES), "-o", str(tmp_path / "m.xml")]
+    command = [sys.executable, "-m", "convmixer_timm", "export", NAME, *args]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"m.bin", "m.xml"}
