@@ -15,7 +15,16 @@ from .argument_check import check_evaluated_model, check_training_arguments, che
 from .compat import keep_best
 from .data_check import check_evaluation_data, check_root, check_training_data, left_out
 from .record import FILE, Record, reserve, stored_names, write_when_it_starts
-from .scripts import check_config, find_script, import_modules, read_config, run_script, script_flags, script_options
+from .scripts import (
+    check_config,
+    check_named,
+    find_script,
+    import_modules,
+    read_config,
+    run_script,
+    script_flags,
+    script_options,
+)
 
 __all__ = [
     "launch",
@@ -161,6 +170,9 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     options = script_options(path, args)
     if options is None:
         return args
+    if recipe and options.model is None:
+        raise ValueError(f"{recipe} names no model: add a line, model: NAME")
+    check_named(path, options)
     check_values(options)
     for note in passed_over(options, script_options(path, []) or options):
         _say(note)
@@ -171,8 +183,6 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
         args = [*args, "--val-split", data.val_split]
     if options.num_classes is None and data.num_classes is not None:
         args = [*args, "--num-classes", str(data.num_classes)]
-    if recipe and _given(args, "--model") is None and not read_config(_recipe_file(recipe)).get("model"):
-        raise ValueError(f"{recipe} names no model, and train.py would take a ResNet: add a line, model: NAME")
     options = script_options(path, args)
     assert options is not None
     record = Record.of(options, data, recipe, processes)
@@ -313,7 +323,10 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
             args = ["--device", "cpu", *args]
             options.device = "cpu"
         check_values(options, ("device", "input_img_mode"))
-    if options is None or "checkpoint" not in options:
+    if options is None:
+        return args
+    if "checkpoint" not in options:
+        check_named(path, options)
         return args
     checkpoint = Path(options.checkpoint or "")
     if options.checkpoint and checkpoint.is_dir():  # which validate.py takes for many
@@ -330,6 +343,7 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
             _say(f"From {run / FILE}: {' '.join(added)}")
         args = [*added, *args]
         options = script_options(path, args) or options
+    check_named(path, options)
     if path.stem == "validate" and not options.checkpoint:
         options.pretrained = True  # as that script takes it
     check_evaluated_model(options)

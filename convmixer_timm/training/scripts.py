@@ -24,6 +24,7 @@ from .decoding import use_one_reader
 
 __all__ = [
     "check_config",
+    "check_named",
     "find_script",
     "import_modules",
     "read_config",
@@ -85,7 +86,7 @@ def _module(path: Path) -> dict[str, Any]:
 
 
 def script_options(path: Path, args: list[str]) -> Namespace | None:
-    """A script's arguments as it will understand them itself, by its own parser.
+    """A script's arguments as it will understand them itself, by its own parser; but no model where none is named.
 
     None where it has none of timm's form. What it can't understand ends the process with argparse's message.
 
@@ -97,10 +98,13 @@ def script_options(path: Path, args: list[str]) -> Namespace | None:
     module = _module(path)
     argv, sys.argv = sys.argv, [str(path), *args]
     try:
+        parser = module.get("parser")
+        if parser and "--model" in parser._option_string_actions:
+            parser.set_defaults(model=None)
         if "_parse_args" in module:
             options = module["_parse_args"]()[0]
-        elif "parser" in module:
-            options = module["parser"].parse_args()
+        elif parser:
+            options = parser.parse_args()
         else:
             return None
     finally:
@@ -193,6 +197,13 @@ def import_modules(names: list[str] | None) -> None:
     """
     for name in names or []:
         importlib.import_module(name)
+
+
+def check_named(path: Path, options: Namespace) -> None:
+    """Raises ValueError where a script takes a model and nobody names one: it would take a ResNet, say."""
+    given = vars(options)
+    if given.get("model", "") is None and not given.get("model_list"):
+        raise ValueError(f"no --model is given, and {path.name} would take one of its own: give --model NAME")
 
 
 def script_flags(path: Path) -> set[str]:

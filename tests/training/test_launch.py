@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 
@@ -119,6 +120,31 @@ def test_a_script_gets_a_cpu_where_there_is_no_gpu(tmp_path):
     assert prepare_evaluation(script, ["--dev", "cpu"]) == ["--dev", "cpu"]
     with pytest.raises(ValueError, match="there is no GPU"):
         prepare_evaluation(script, ["--device", "cuda"])
+
+
+def test_a_model_that_nobody_names_is_asked_for(tmp_path):
+    script = tmp_path / "benchmark.py"
+    options = "'--device', default='cpu'", "'--model', '-m', default='resnet50'", "'--model-list', default=''"
+    lines = "\n".join(f"parser.add_argument({option})" for option in options)
+    script.write_text(f"import argparse\nparser = argparse.ArgumentParser()\n{lines}\n")
+    with pytest.raises(ValueError, match="no --model is given, and benchmark.py would take one of its own"):
+        prepare_evaluation(script, ["--device", "cpu"])
+    for named in (["--model", "resnet50"], ["-m", "convmixer_128_4"], ["--model-list", "names.txt"]):
+        assert prepare_evaluation(script, ["--device", "cpu", *named])[-2:] == named
+
+
+@pytest.mark.parametrize("script", ["train", "validate", "inference", "onnx_export", "benchmark"])
+def test_a_script_of_timm_takes_no_model_of_its_own(script, timm_scripts, data, tmp_path, capsys):
+    torch.save({"state_dict": timm.create_model("convmixer_128_4").state_dict()}, tmp_path / "weights.pth")
+    if script == "inference":
+        pytest.importorskip("pandas")
+    if script == "onnx_export":
+        pytest.importorskip("onnx")
+    told = {"onnx_export": [str(tmp_path / "m.onnx")], "benchmark": []}.get(script, ["--data-dir", str(data)])
+    if script in ("validate", "inference", "onnx_export"):
+        told += ["--checkpoint", str(tmp_path / "weights.pth")]
+    assert main(["run", "--timm-scripts", str(timm_scripts), script, *told]) == 1
+    assert f"{script}.py would take one of its own: give --model NAME" in capsys.readouterr().err
 
 
 def test_what_is_evaluated_without_a_checkpoint_is_pretrained(timm_scripts, tmp_path, capsys):
