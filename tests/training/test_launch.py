@@ -127,7 +127,7 @@ def test_a_model_that_nobody_names_is_asked_for(tmp_path):
     options = "'--device', default='cpu'", "'--model', '-m', default='resnet50'", "'--model-list', default=''"
     lines = "\n".join(f"parser.add_argument({option})" for option in options)
     script.write_text(f"import argparse\nparser = argparse.ArgumentParser()\n{lines}\n")
-    with pytest.raises(ValueError, match="no --model is given, and benchmark.py would take one of its own"):
+    with pytest.raises(ValueError, match=r"no --model is given, and benchmark\.py would take one of its own"):
         prepare_evaluation(script, ["--device", "cpu"])
     for named in (["--model", "resnet50"], ["-m", "convmixer_128_4"], ["--model-list", "names.txt"]):
         assert prepare_evaluation(script, ["--device", "cpu", *named])[-2:] == named
