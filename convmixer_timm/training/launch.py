@@ -170,9 +170,6 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     options = script_options(path, args)
     if options is None:
         return args
-    if recipe and options.model is None:
-        raise ValueError(f"{recipe} names no model: add a line, model: NAME")
-    check_named(path, options)
     check_values(options)
     for note in passed_over(options, script_options(path, []) or options):
         _say(note)
@@ -183,6 +180,9 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
         args = [*args, "--val-split", data.val_split]
     if options.num_classes is None and data.num_classes is not None:
         args = [*args, "--num-classes", str(data.num_classes)]
+    if recipe and options.model is None:
+        raise ValueError(f"{recipe} names no model: add a line, model: NAME")
+    check_named(path, options)
     options = script_options(path, args)
     assert options is not None
     record = Record.of(options, data, recipe, processes)

@@ -140,7 +140,7 @@ def test_a_script_of_timm_takes_no_model_of_its_own(script, timm_scripts, data, 
         pytest.importorskip("pandas")
     if script == "onnx_export":
         pytest.importorskip("onnx")
-    told = {"onnx_export": [str(tmp_path / "m.onnx")], "benchmark": []}.get(script, ["--data-dir", str(data)])
+    told = {"onnx_export": [str(tmp_path / "m.onnx")], "benchmark": []}.get(script, ["--data-dir", str(data), "-b", "10"])
     if script in ("validate", "inference", "onnx_export"):
         told += ["--checkpoint", str(tmp_path / "weights.pth")]
     assert main(["run", "--timm-scripts", str(timm_scripts), script, *told]) == 1
