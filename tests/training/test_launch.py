@@ -133,17 +133,22 @@ def test_a_model_that_nobody_names_is_asked_for(tmp_path):
         assert prepare_evaluation(script, ["--device", "cpu", *named])[-2:] == named
 
 
-@pytest.mark.parametrize("script", ["train", "validate", "inference", "onnx_export", "benchmark"])
-def test_a_script_of_timm_takes_no_model_of_its_own(script, timm_scripts, data, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --data-dir DATA -b 10 --device cpu",
+        "validate --data-dir DATA --checkpoint WEIGHTS",
+        "inference --data-dir DATA --checkpoint WEIGHTS",
+        "onnx_export WEIGHTS.onnx --checkpoint WEIGHTS",
+        "benchmark",
+    ],
+)
+def test_a_script_of_timm_takes_no_model_of_its_own(command, timm_scripts, data, tmp_path, capsys):
+    script, *args = command.replace("DATA", str(data)).replace("WEIGHTS", str(tmp_path / "weights.pth")).split()
+    for name in {"inference": ["pandas"], "onnx_export": ["onnx"]}.get(script, []):
+        pytest.importorskip(name)
     torch.save({"state_dict": timm.create_model("convmixer_128_4").state_dict()}, tmp_path / "weights.pth")
-    if script == "inference":
-        pytest.importorskip("pandas")
-    if script == "onnx_export":
-        pytest.importorskip("onnx")
-    told = {"onnx_export": [str(tmp_path / "m.onnx")], "benchmark": []}.get(script, ["--data-dir", str(data), "-b", "10"])
-    if script in ("validate", "inference", "onnx_export"):
-        told += ["--checkpoint", str(tmp_path / "weights.pth")]
-    assert main(["run", "--timm-scripts", str(timm_scripts), script, *told]) == 1
+    assert main(["run", "--timm-scripts", str(timm_scripts), script, *args]) == 1
     assert f"{script}.py would take one of its own: give --model NAME" in capsys.readouterr().err
 
 
