@@ -227,4 +227,4 @@ def test_nobody_is_told_of_it(tmp_path):
     args = ["--format", "openvino", "--precision", "int8", "--calibration", str(IMAGES), "-o", str(tmp_path / "m.xml")]
     command = [sys.executable, "-m", "convmixer_timm", "export", NAME, *args]
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"m.bin", "m.xml"}
+    assert (tmp_path / "m.bin").is_file() and not (tmp_path / "intel").exists()
