@@ -20,7 +20,14 @@ from ..errors import alike, nearest, one_line
 from .data_check import Data, compare_names
 from .record import Model, Record, describe_model, stored_names
 
-__all__ = ["check_evaluated_model", "check_training_arguments", "check_values", "passed_over", "scheduled_epochs"]
+__all__ = [
+    "check_evaluated_model",
+    "check_named",
+    "check_training_arguments",
+    "check_values",
+    "passed_over",
+    "scheduled_epochs",
+]
 
 _FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CHOICES = {
@@ -134,6 +141,16 @@ def check_values(options: Namespace, made: Iterable[str] = tuple(_MADE)) -> None
             known = _KNOWN[name]() if name in _KNOWN else []
             hint = "" if given[name] in known else alike(str(given[name]), known)
             raise ValueError(f"--{name.replace('_', '-')} {given[name]}: {reason}{hint}") from error
+
+
+def check_named(path: Path, options: Namespace, recipe: str = "") -> None:
+    """Raises ValueError where a script takes a model and nobody names one: it would take a ResNet, say."""
+    given = vars(options)
+    if given.get("model", "") is not None or given.get("model_list"):
+        return
+    if recipe:
+        raise ValueError(f"{recipe} names no model: add a line, model: NAME")
+    raise ValueError(f"no --model is given, and {path.name} would take one of its own: give --model NAME")
 
 
 def passed_over(options: Namespace, defaults: Namespace) -> list[str]:

@@ -11,20 +11,18 @@ import timm
 import torch
 
 from ..checkpoints import read_checkpoint
-from .argument_check import check_evaluated_model, check_training_arguments, check_values, passed_over, scheduled_epochs
+from .argument_check import (
+    check_evaluated_model,
+    check_named,
+    check_training_arguments,
+    check_values,
+    passed_over,
+    scheduled_epochs,
+)
 from .compat import keep_best
 from .data_check import check_evaluation_data, check_root, check_training_data, left_out
 from .record import FILE, Record, reserve, stored_names, write_when_it_starts
-from .scripts import (
-    check_config,
-    check_named,
-    find_script,
-    import_modules,
-    read_config,
-    run_script,
-    script_flags,
-    script_options,
-)
+from .scripts import check_config, find_script, import_modules, read_config, run_script, script_flags, script_options
 
 __all__ = [
     "launch",
@@ -180,9 +178,7 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
         args = [*args, "--val-split", data.val_split]
     if options.num_classes is None and data.num_classes is not None:
         args = [*args, "--num-classes", str(data.num_classes)]
-    if recipe and options.model is None:
-        raise ValueError(f"{recipe} names no model: add a line, model: NAME")
-    check_named(path, options)
+    check_named(path, options, recipe)
     options = script_options(path, args)
     assert options is not None
     record = Record.of(options, data, recipe, processes)

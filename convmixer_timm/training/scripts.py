@@ -24,7 +24,6 @@ from .decoding import use_one_reader
 
 __all__ = [
     "check_config",
-    "check_named",
     "find_script",
     "import_modules",
     "read_config",
@@ -197,13 +196,6 @@ def import_modules(names: list[str] | None) -> None:
     """
     for name in names or []:
         importlib.import_module(name)
-
-
-def check_named(path: Path, options: Namespace) -> None:
-    """Raises ValueError where a script takes a model and nobody names one: it would take a ResNet, say."""
-    given = vars(options)
-    if given.get("model", "") is None and not given.get("model_list"):
-        raise ValueError(f"no --model is given, and {path.name} would take one of its own: give --model NAME")
 
 
 def script_flags(path: Path) -> set[str]:

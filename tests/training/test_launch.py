@@ -145,8 +145,8 @@ def test_a_model_that_nobody_names_is_asked_for(tmp_path):
 )
 def test_a_script_of_timm_takes_no_model_of_its_own(command, timm_scripts, data, tmp_path, capsys):
     script, *args = command.replace("DATA", str(data)).replace("WEIGHTS", str(tmp_path / "weights.pth")).split()
-    for name in {"inference": ["pandas"], "onnx_export": ["onnx"]}.get(script, []):
-        pytest.importorskip(name)
+    if needed := {"inference": "pandas", "onnx_export": "onnx"}.get(script):
+        pytest.importorskip(needed)
     torch.save({"state_dict": timm.create_model("convmixer_128_4").state_dict()}, tmp_path / "weights.pth")
     assert main(["run", "--timm-scripts", str(timm_scripts), script, *args]) == 1
     assert f"{script}.py would take one of its own: give --model NAME" in capsys.readouterr().err
