@@ -1,4 +1,4 @@
-"""Times one training step (forward, backward, AdamW) of this package's ConvMixer against timm's own class.
+"""Times one training step (forward, backward, optimizer) of this package's ConvMixer against timm's own class.
 
     python benchmarks/train_step.py --model convmixer_256_8 --precision fp32 --csv benchmarks/results/train_step.csv
     python benchmarks/train_step.py --evaluate --precision fp32 --batch-size 64
@@ -40,11 +40,12 @@ def build(whose: str, name: str):
     import timm
     from timm.models.convmixer import ConvMixer as TimmConvMixer
 
-    import convmixer_timm  # noqa: F401
+    import convmixer_timm
 
     model = timm.create_model(name)
     if whose == "ours":
         return model
+    convmixer_timm.set_fast_training(False)  # timm's optimizers are mended by it too
     depthwise = model.blocks[0][0].fn[0]
     theirs = TimmConvMixer(
         model.num_features,
@@ -61,6 +62,7 @@ def build(whose: str, name: str):
 def work(args) -> None:
     """A worker: answers each line on stdin with the seconds of one step."""
     import torch
+    from timm.optim import create_optimizer_v2
 
     if args.march:
         from convmixer_timm.kernels import build as kernels
@@ -77,7 +79,7 @@ def work(args) -> None:
     model = build(whose, args.model).to(memory_format=layout).train(not args.evaluate)
     images = torch.randn(args.batch_size[0], 3, args.img_size, args.img_size).to(memory_format=layout)
     labels = torch.randint(model.num_classes, (len(images),))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = create_optimizer_v2(model, args.opt, lr=1e-3)
     run = torch.compile(model) if compiled else model
 
     def evaluate():
@@ -142,7 +144,7 @@ def measure(args, batch_size: int) -> list[dict]:
         if args.march:
             environment["ONEDNN_MAX_CPU_ISA"] = args.isa
         command = [sys.executable, __file__, "--worker", name, "--model", args.model, "--precision", args.precision]
-        command += ["--batch-size", str(batch_size), "--img-size", str(args.img_size)]
+        command += ["--batch-size", str(batch_size), "--img-size", str(args.img_size), "--opt", args.opt]
         command += ["--march", args.march] if args.march else []
         command += ["--evaluate"] if args.evaluate else []
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -174,6 +176,7 @@ def measure(args, batch_size: int) -> list[dict]:
                 "loop": "evaluation" if args.evaluate else "training",
                 "precision": args.precision,
                 "code": args.march or "native",
+                "optimizer": "" if args.evaluate else args.opt,
                 "batch_size": batch_size,
                 "setting": name,
                 "images_per_s": round(batch_size / median, 1),
@@ -226,6 +229,7 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--opt", default="adamw", help="timm's name of the optimizer (adamw)")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--evaluate", action="store_true", help="time evaluation without gradients instead")

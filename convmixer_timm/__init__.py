@@ -11,7 +11,7 @@ if sys.argv[:1] == ["-m"] and os.path.exists("timm/__init__.py") and os.path.exi
 
 from .convmixer import ConvMixer
 from .kernels.switch import set_fast_training
-from .training.compat import mend_posterize
+from .training.compat import mend_muon, mend_posterize
 
 if TYPE_CHECKING:
     from .hub.publish import publish
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 mend_posterize()
+mend_muon()
 
 # Imported when they are first asked for: importing the package stays as cheap as importing timm.
 _ROOMS = {

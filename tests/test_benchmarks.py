@@ -57,7 +57,7 @@ def test_train_step_times_training_and_evaluation(tmp_path):
     path = tmp_path / "steps.csv"
     options = ["--model", "convmixer_128_4", "--batch-size", "2", "--repeats", "1", "--precision", "fp32"]
     avx2 = ["--march", "haswell"] if platform.machine() == "x86_64" else ["--march", "native"]
-    for extra in (["--evaluate"], avx2):
+    for extra in (["--evaluate"], [*avx2, "--opt", "nmuon"]):
         command = [sys.executable, BENCHMARKS / "train_step.py", *options, "--settings", "timm", "ours", *extra]
         subprocess.run([*command, "--csv", path], check=True, capture_output=True)
     with path.open() as file:

@@ -1,20 +1,23 @@
 """What timm and its scripts get wrong on CPUs, after an interruption or with newer libraries, each mended in one place.
 
-`mend_posterize` is called when the package is imported, the others by the launcher only. Each one can go when the
-oldest timm that this package supports no longer needs it.
+`mend_posterize` and `mend_muon` are called when the package is imported, the others by the launcher only. Each one can
+go when the oldest timm that this package supports no longer needs it.
 """
 
 import functools
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data import auto_augment
 
 from ..checkpoints import read_checkpoint
 from ..files import atomic_path
+from ..kernels import switch
+from ..kernels.fast import SLOW_DTYPES
 from .history import as_csv, read_history
 
-__all__ = ["keep_best", "mend_cpu_ddp", "mend_mixup_off", "mend_posterize", "mend_summary"]
+__all__ = ["keep_best", "mend_cpu_ddp", "mend_mixup_off", "mend_muon", "mend_posterize", "mend_summary"]
 
 _posterize = auto_augment.posterize
 
@@ -32,6 +35,29 @@ def mend_posterize() -> None:
     for name, op in auto_augment.NAME_TO_OP.items():
         if op is _posterize:
             auto_augment.NAME_TO_OP[name] = _posterize_any
+
+
+def mend_muon() -> None:
+    """Let timm's Muon compute in fp32 on a CPU that has no instructions for bf16.
+
+    It orthogonalizes its steps in bf16, in which PyTorch multiplies matrices there by a plain loop: for ConvMixer-256/8
+    that took longer than the step itself (benchmarks/README.md).
+    """
+    if torch.bfloat16 not in SLOW_DTYPES:
+        return
+    from timm.optim import muon
+
+    original = muon.zeropower_via_newtonschulz
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def zeropower_via_newtonschulz(G, *args, **kwargs):
+        if G.is_cpu and switch.enabled() and len(args) < 5:  # a sixth argument, or a keyword, is the caller's dtype
+            kwargs.setdefault("dtype", torch.float32)
+        return original(G, *args, **kwargs)
+
+    muon.zeropower_via_newtonschulz = zeropower_via_newtonschulz
 
 
 def mend_cpu_ddp() -> None:

@@ -5,8 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
+from timm.optim import muon
+
+import convmixer_timm
+from convmixer_timm.training import compat
 
 
 def test_randaugment_at_full_strength(cifar_images):
@@ -57,3 +62,29 @@ def test_mixup_that_is_switched_off_stays_off_in_the_workers(cifar_images):
         "False",
         "False",
     ]
+
+
+def test_muon_computes_in_fp32_where_the_processor_has_no_bf16(monkeypatch):
+    as_it_came = getattr(muon.zeropower_via_newtonschulz, "__wrapped__", muon.zeropower_via_newtonschulz)
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", as_it_came)
+    monkeypatch.setattr(compat, "SLOW_DTYPES", set())
+    compat.mend_muon()
+    assert muon.zeropower_via_newtonschulz is as_it_came
+
+    monkeypatch.setattr(compat, "SLOW_DTYPES", {torch.bfloat16})
+    compat.mend_muon()
+    compat.mend_muon()
+    grad = torch.randn(16, 32)
+    step = [(3.4445, -4.775, 2.0315)]
+    orthogonal = muon.zeropower_via_newtonschulz(grad, 5, step)
+    assert orthogonal.dtype == torch.float32
+    torch.testing.assert_close(orthogonal, as_it_came(grad, 5, step).float(), atol=0.02, rtol=0)
+    # As its caller wants it, on another device, or with all of it off: timm's own.
+    assert muon.zeropower_via_newtonschulz(grad, 5, step, 1e-7, 1.0, torch.float64).dtype == torch.float64
+    assert muon.zeropower_via_newtonschulz(grad, 5, step, dtype=torch.float64).dtype == torch.float64
+    assert muon.zeropower_via_newtonschulz(grad.to("meta"), 5, step).dtype == torch.bfloat16
+    convmixer_timm.set_fast_training(False)
+    try:
+        assert muon.zeropower_via_newtonschulz(grad, 5, step).dtype == torch.bfloat16
+    finally:
+        convmixer_timm.set_fast_training(True)
