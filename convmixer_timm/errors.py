@@ -55,6 +55,10 @@ _READING = {
 class RunError(RuntimeError):
     """What this package refuses while one of timm's scripts runs, whose own errors pass through."""
 
+    def __init__(self, text: str):
+        # A worker of a loader hands its errors on with the whole traceback for text, which ends in their own.
+        super().__init__(text.rpartition(f"{__name__}.RunError: ")[2].strip())
+
 
 class HubError(OSError):
     """What went wrong between here and the Hub, and what to do, in one line."""

@@ -17,7 +17,8 @@ from timm.data import ImageDataset, dataset_factory
 from timm.data.readers.img_extensions import add_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
-from ..images import known_extensions, load_image, load_in_mode
+from ..errors import RunError
+from ..images import ImageError, known_extensions, load_in_mode
 
 __all__ = ["use_one_reader"]
 
@@ -34,11 +35,13 @@ class _Pixels:
         image: One of them; those of another size aren't kept.
 
     Raises:
-        ValueError: If that would be too much for this machine.
+        ValueError: If that would be too much for this machine, or its bytes alone don't tell the image.
     """
 
     def __init__(self, count: int, image: Image.Image):
         pixels = np.asarray(image)
+        if pixels.dtype != np.uint8 or Image.fromarray(pixels).mode != image.mode:
+            raise ValueError(f"images of mode {image.mode} are not kept")
         self._count, self._shape, self._size = count, pixels.shape, pixels.nbytes
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -78,10 +81,12 @@ class _Reader:
         reader: timm's.
         mode: Pillow's mode of the images that it is to give.
         keep: Keep small images of a folder in memory, decoded.
+        strict: End the script at an image that can't be read. timm takes the next in its place, whose prediction then
+            stands under two names, and counts twice.
     """
 
-    def __init__(self, reader: Any, mode: str, keep: bool):
-        self._reader, self._mode = reader, mode
+    def __init__(self, reader: Any, mode: str, keep: bool, strict: bool):
+        self._reader, self._mode, self._strict = reader, mode, strict
         self._pixels: _Pixels | None = None
         if keep and isinstance(reader, ReaderImageFolder):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # too large, or no sysconf here
@@ -100,6 +105,9 @@ class _Reader:
         if self._pixels and (image := self._pixels.get(index)):
             return _Image(lambda: image), self._reader.samples[index][1]
         file, *rest = self._reader[index]
+        if self._strict:  # here, as older timm takes the next image whatever `read` raises
+            image = _load_or_end(file, self._mode)
+            return (_Image(lambda: image), *rest)
         return (_Image(lambda: self._load_and_keep(index, file)), *rest)
 
     def __len__(self) -> int:
@@ -114,31 +122,40 @@ class _Reader:
         return getattr(self._reader, name)
 
 
+def _load_or_end(file: Any, mode: str = "RGB") -> Image.Image:
+    try:
+        return load_in_mode(file, mode)
+    except ImageError as error:
+        raise RunError(f"{error}: mend the file, or move it away") from error
+
+
 class OneReaderDataset(ImageDataset):
     """timm's dataset of image files, decoded by `load_image`.
 
     A class of this package's, so that it is the same in a loader's worker however that was started.
     """
 
-    def __init__(self, *args: Any, keep: bool = False, **kwargs: Any):
+    def __init__(self, *args: Any, training: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not self.load_bytes:  # else the bytes are wanted
-            self.reader: Any = _Reader(self.reader, self.input_img_mode or "RGB", keep)
+            mode = self.input_img_mode or "RGB"
+            self.reader: Any = _Reader(self.reader, mode, keep=training, strict=not training)
             self.load_bytes = True  # timm: "take what `read` gives"
 
 
-def use_one_reader(keep: bool = False) -> None:
+def use_one_reader(training: bool = False) -> None:
     """Let `timm.data.create_dataset` make datasets that find and read images as everything in this package does.
 
     Folders, archives, Hugging Face's datasets and torchvision's ``torch/image_folder`` and ``torch/imagenet`` are;
     TensorFlow's and webdataset's streams decode for themselves.
 
     Args:
-        keep: Decode the small images of a folder once and keep them in memory, for who reads them again every epoch.
+        training: The script reads the same images every epoch: small ones of a folder are decoded once and kept in
+            memory, and one that can't be read is passed over. Any other script ends there, by a `RunError`.
     """
     add_img_extensions(sorted(known_extensions()))
     factory: Any = dataset_factory
-    factory.ImageDataset = functools.partial(OneReaderDataset, keep=keep)
+    factory.ImageDataset = functools.partial(OneReaderDataset, training=training)
     for name in ("ImageFolder", "ImageNet"):
         if isinstance(folder := getattr(factory, name, None), type):
-            setattr(factory, name, functools.partial(folder, loader=load_image))
+            setattr(factory, name, functools.partial(folder, loader=_load_or_end))

@@ -212,6 +212,6 @@ def run_script(path: Path, args: list[str]) -> None:
     mend_cpu_ddp()
     mend_mixup_off()
     mend_summary()
-    use_one_reader(keep=path.stem == "train")
+    use_one_reader(training=path.stem == "train")
     sys.argv = [str(path), *args]
     runpy.run_path(str(path), run_name="__main__")

@@ -50,12 +50,14 @@ import hashlib, sys
 from timm.data import create_dataset
 from torch.utils.data import DataLoader
 from torchvision.transforms import PILToTensor
-from convmixer_timm.training.decoding import use_one_reader
+from convmixer_timm.training import decoding
 
 if __name__ == "__main__":
     folder, mode, start, keep = sys.argv[1:]
     start = None if start == "none" else start
-    use_one_reader(keep=keep == "keep")
+    if keep != "keep":
+        decoding._MOST = 0
+    decoding.use_one_reader(training=True)
     data = create_dataset("", root=folder, input_img_mode=mode)
     data.transform = PILToTensor()
     assert data.reader.class_to_idx == {"a": 0, "b": 1}
@@ -96,7 +98,7 @@ def test_small_images_are_decoded_once(tmp_path, monkeypatch):
         Image.fromarray(np.full((5, 7 if i else 9, 3), i, np.uint8)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
     read = []
     monkeypatch.setattr(decoding, "load_in_mode", lambda file, mode: read.append(file) or load_in_mode(file, mode))
-    use_one_reader(keep=True)
+    use_one_reader(training=True)
     data = create_dataset("", root=str(tmp_path))
     odd_one = len({image.size for image, _ in data}) == 2
     first = [(np.asarray(image), target) for image, target in data]
@@ -109,19 +111,43 @@ def test_small_images_are_decoded_once(tmp_path, monkeypatch):
     assert odd_one and len(read) - before == 2 * 5
 
 
-def test_modes_keep_what_an_image_has(tmp_path):
+@pytest.mark.parametrize("mode", ["RGBA", "RGB", "YCbCr", "CMYK", "LA", "L", "I", "F"])
+def test_modes_keep_what_an_image_has(mode, tmp_path):
     (tmp_path / "a").mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (9, 9, 4), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a/0.png")
-    use_one_reader()
-    for mode in ("RGBA", "RGB", "YCbCr"):
-        [(image, _)] = create_dataset("", root=str(tmp_path), input_img_mode=mode)
-        assert np.array_equal(image, Image.fromarray(pixels).convert(mode))
+    use_one_reader(training=True)
+    data = create_dataset("", root=str(tmp_path), input_img_mode=mode)
+    for image, _ in (data[0], data[0]):
+        assert image.mode == mode and np.array_equal(image, Image.fromarray(pixels).convert(mode))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_measures_ends_at_an_image_that_cannot_be_read(workers, folder):
+    """timm takes the next in its place, which would count twice."""
+    code = f"""
+from torch.utils.data import DataLoader
+from timm.data import create_dataset
+from convmixer_timm.errors import RunError
+from convmixer_timm.training.decoding import use_one_reader
+
+use_one_reader()
+for dataset in ("", "torch/image_folder"):
+    data = create_dataset(dataset, root={str(folder)!r})
+    try:
+        for _ in DataLoader(data, batch_size=None, num_workers={workers}):
+            pass
+    except RunError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    line = f"{folder}/a/5.bmp: not an image that Pillow can read: mend the file, or move it away"
+    assert done.stdout.splitlines() == [line] * 2, done.stderr
 
 
 def test_more_than_fits_is_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "_MOST", 100)
-    use_one_reader(keep=True)
+    use_one_reader(training=True)
     data = create_dataset("", root=str(IMAGES))
     assert data.reader._pixels is None and data[0][0].size == (32, 32)
 
@@ -147,7 +173,10 @@ def test_validation_reads_by_it(timm_scripts, folder, tmp_path):
     command = [sys.executable, "-X", "utf8=0", "-m", "convmixer_timm", "run", "validate", *args]
     environment = {**os.environ, "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    [line] = [line for line in done.stderr.splitlines() if "5.bmp" in line]
+    assert done.returncode == 1 and line.endswith("5.bmp: not an image that Pillow can read: mend the file, or move it away")
+    (folder / "a/5.bmp").unlink()
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stderr
     assert '"top1"' in done.stdout
-    assert "5.bmp: not an image that Pillow can read" in done.stderr
     assert "--num-classes 2: the weights' classifier has 10; a random one takes its place." in done.stderr
