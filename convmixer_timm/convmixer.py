@@ -9,6 +9,7 @@ Importing this module registers the variants with timm, three of them in place o
 import json
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ class ConvMixer(nn.Module):
         super().__init__()
         sizes = {"dim": dim, "depth": depth, "kernel_size": kernel_size, "patch_size": patch_size}
         for name, value in sizes.items():
-            if value < 1:
+            if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         # Left out where not asked for: not every norm takes them.
         dd: dict[str, Any] = {k: v for k, v in {"device": device, "dtype": dtype}.items() if v is not None}

@@ -71,7 +71,8 @@ def _save(source: Source, folder: Path) -> None:
 def _mend_config(file: Path) -> None:
     """Newer timm writes the number of classes twice, and transformers gives it to the model twice then."""
     config = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("model_args", {}).pop("num_classes", None) is not None:
+    if (classes := config.get("model_args", {}).pop("num_classes", None)) is not None:
+        config.setdefault("num_classes", classes)
         file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 

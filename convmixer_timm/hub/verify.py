@@ -42,7 +42,8 @@ def _cached_from_hub() -> dict[str, Path]:
     except ValueError as error:
         raise ValueError(f"HF_HUB_CACHE is {constants.HF_HUB_CACHE}, which is no folder: set it to one") from error
     found = {}
-    for repo in sorted(repos, key=lambda repo: repo.repo_id):
+    models = [repo for repo in repos if repo.repo_type == "model"]
+    for repo in sorted(models, key=lambda repo: repo.repo_id):
         for revision in repo.revisions:
             files = {file.file_name: Path(file.file_path) for file in revision.files}
             if "config.json" not in files or "model.safetensors" not in files:

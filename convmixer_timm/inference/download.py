@@ -43,7 +43,9 @@ def download(model_id: str, config: bool = True) -> Path:
         HubError: If it can't be had; the message tells what to do.
         ValueError: If timm has no such architecture, or the file isn't what the Hub says of it.
     """
-    repo_id, _, revision = model_id.partition("@")
+    repo_id, at, revision = model_id.partition("@")
+    if at and not revision:
+        raise ValueError(f"{model_id} names no revision: leave the @ out, or give OWNER/NAME@REVISION")
     check_hub_settings()
 
     def get(name: str) -> Path:
@@ -81,7 +83,7 @@ def download(model_id: str, config: bool = True) -> Path:
     weights = get("model.safetensors")
     expected = cached_sha256(weights)
     if expected and sha256(weights) != expected:
-        raise ValueError(f"{weights} is damaged: its SHA-256 is not {expected}. Delete it and try again.")
+        raise ValueError(f"{weights.resolve()} is damaged: its SHA-256 is not {expected}. Delete it and try again.")
     return weights
 
 

@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import create_transform, resolve_model_data_config
+from timm.models._hub import load_model_config_from_path
 
 from ..checkpoints import check_sizes, checkpoint_filter_fn, read_checkpoint
 from ..convmixer import ConvMixer
@@ -34,7 +35,7 @@ __all__ = [
 _modes = threading.Lock()
 # Models that are being evaluated: how many times at once, and which of their layers were in training before.
 _evaluated: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
-_SOURCES = ("", "hf-hub", "local-dir", "timm")
+_SOURCES = ("", "hf-hub", "local-dir")
 
 
 def usable_device(name: str | torch.device | None = None) -> torch.device:
@@ -174,7 +175,9 @@ def load_folder(folder: Path) -> nn.Module:
     state_dict = read_checkpoint(folder / "model.safetensors")
     check_description(folder / "config.json", state_dict)
     try:
-        model: nn.Module = timm.create_model(f"local-dir:{folder}")
+        # Not by local-dir: older timm takes that for an address, in which a name ends at '#' or '?'.
+        cfg, architecture, args = load_model_config_from_path(folder)
+        model: nn.Module = timm.create_model(architecture, pretrained_cfg=cfg, **(args or {}))
     except Exception as error:  # timm and the architecture's code each have their own
         raise ValueError(f"{folder}/config.json doesn't describe a model: {error or type(error).__name__}") from error
     if isinstance(model, ConvMixer):

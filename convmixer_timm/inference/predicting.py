@@ -99,6 +99,8 @@ def _each(images: Any) -> Iterator[Any]:
     for image in [images] if one else images:
         if isinstance(image, str | os.PathLike) and os.path.isdir(image):
             yield from find_images([Path(image)])
+        elif isinstance(image, list):  # of numbers, whose rows would be taken for images
+            raise ValueError("an image is a path, a PIL image or an array [H, W, 3], got a list")
         else:
             yield image
 

@@ -60,19 +60,24 @@ class _DepthwiseConv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled() or switch.batched(grad):  # PyTorch can differentiate its own operation, and batch it
-            return _pytorch_grads(x, weight, grad, [for_x, for_weight, for_bias], ctx.has_bias)
-        x_grad = weight_grad = bias_grad = None
-        if for_x:
-            x_grad = _input_grad(x, weight, grad, ctx.has_bias)
-        if for_weight:
-            weight_grad, bias_grad = _weight_grad(x, grad, weight.shape[-1])
-            weight_grad = torch.empty_like(weight).copy_(weight_grad)  # in its strides, which DDP's buckets expect
-        elif for_bias:
-            bias_grad = grad.sum((0, 2, 3))
-        return x_grad, weight_grad, bias_grad if for_bias else None
+        # An autocast that is still on around the backward pass, as the compiler has it, would cast what isn't cast.
+        with torch.autocast("cpu", enabled=False):
+            return _grads(*ctx.saved_tensors, grad, ctx.needs_input_grad, ctx.has_bias)
+
+
+def _grads(x, weight, grad, needed, has_bias):
+    for_x, for_weight, for_bias = needed
+    if torch.is_grad_enabled() or switch.batched(grad):  # PyTorch can differentiate its own operation, and batch it
+        return _pytorch_grads(x, weight, grad, [for_x, for_weight, for_bias], has_bias)
+    x_grad = weight_grad = bias_grad = None
+    if for_x:
+        x_grad = _input_grad(x, weight, grad, has_bias)
+    if for_weight:
+        weight_grad, bias_grad = _weight_grad(x, grad, weight.shape[-1])
+        weight_grad = torch.empty_like(weight).copy_(weight_grad)  # in its strides, which DDP's buckets expect
+    elif for_bias:
+        bias_grad = grad.sum((0, 2, 3))
+    return x_grad, weight_grad, bias_grad if for_bias else None
 
 
 def _input_grad(x, weight, grad, has_bias):

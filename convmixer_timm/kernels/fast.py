@@ -298,7 +298,12 @@ def _convolution(x: Tensor, conv: nn.Module) -> Tensor:
 
 
 def _is_trained_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
-    return torch.is_grad_enabled() and _is_depthwise(conv) and conv.weight.requires_grad
+    return torch.is_grad_enabled() and _is_depthwise(conv) and _is_trained(conv)
+
+
+def _is_trained(conv: nn.Conv2d) -> bool:
+    """Whether any of it trains, be it the bias alone."""
+    return conv.weight.requires_grad or (conv.bias is not None and conv.bias.requires_grad)
 
 
 def _widens(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
@@ -350,10 +355,10 @@ def _mixes(conv: nn.Module, x: Tensor, norm: nn.BatchNorm2d) -> TypeGuard[nn.Con
     trains, or is evaluated for no gradient."""
     if not _is_depthwise(conv) or conv.bias is None or not _takes(x, norm):
         return False
-    if x.dtype != _precision(conv.weight):
+    if x.dtype != _precision(conv.weight) or x.shape[1] != conv.in_channels:  # PyTorch says what is wrong
         return False
     if norm.training:
-        return conv.weight.requires_grad
+        return _is_trained(conv)
     inputs = (x, conv.weight, conv.bias, norm.weight, norm.bias)
     frozen = not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs)
     return frozen and conv.weight.shape[-1] <= _WIDEST
@@ -378,8 +383,9 @@ def _fuses(norm: nn.Module, act: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
 
 
 def _takes(x: Tensor, norm: nn.BatchNorm2d) -> bool:
-    """Whether the kernels take such a feature map; BatchNorm refuses a single value a channel, in its own words."""
-    if not operators.takes(x) or x.numel() == x.shape[1]:
+    """Whether the kernels take such a feature map; BatchNorm refuses others than its own channels, and a single value
+    for each, in its own words."""
+    if not operators.takes(x) or x.shape[1] != norm.num_features or x.numel() == x.shape[1]:
         return False
     return norm.training or not torch.compiler.is_compiling() or x.numel() >= _WORTH_A_CALL[x.dtype]
 

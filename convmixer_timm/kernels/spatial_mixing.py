@@ -69,7 +69,8 @@ def _backward(ctx, grad, *_):
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.conv2d(x, weight, bias, padding="same", groups=len(weight))
+    with torch.autocast("cpu", enabled=False):  # which may still be on around the backward pass
+        return F.conv2d(x, weight, bias, padding="same", groups=len(weight))
 
 
 @torch.enable_grad()

@@ -38,6 +38,8 @@ _CHOICES = {
     "remode": ("pixel", "rand", "const"),
     "mixup_mode": ("batch", "pair", "elem", "half"),
     "clip_mode": ("norm", "value", "agc"),
+    "model_dtype": ("float32", "float16", "bfloat16"),
+    "worker_seeding": ("all", "part"),
 }
 _LEAST = {
     **dict.fromkeys(("epochs", "log_interval", "val_interval", "checkpoint_hist", "grad_accum_steps", "img_size"), 1),
@@ -53,6 +55,8 @@ _BESIDE = {
     **dict.fromkeys(("amp_dtype", "amp_impl"), "amp"),
     **dict.fromkeys(("model_ema_decay", "model_ema_warmup", "model_ema_force_cpu"), "model_ema"),
     **dict.fromkeys(("kd_temperature", "kd_distill_type", "distill_loss_weight", "task_loss_weight"), "kd_model_name"),
+    **dict.fromkeys(("bce_sum", "bce_target_thresh", "bce_pos_weight"), "bce_loss"),
+    **dict.fromkeys(("train_batch_sizes", "train_size_probs"), "train_img_sizes"),
     "clip_mode": "clip_grad",
 }
 
@@ -129,8 +133,24 @@ def check_values(options: Namespace, made: Iterable[str] = tuple(_MADE)) -> None
             refuse(name, "takes two numbers, the least and the greatest")
         if name == "input_size" and min(value) < 1:
             refuse(name, "is channels, height and width, each 1 or more")
-    if any(given.get(name) for name in ("mixup", "cutmix", "cutmix_minmax")) and options.batch_size % 2:
+    mixes = _mixes(options)
+    if mixes and options.batch_size % 2:
         refuse("batch_size", "is even where images are mixed")
+    splits = given.get("aug_splits") or 0
+    if splits == 1:
+        refuse("aug_splits", "is 2 or more")
+    if splits and mixes:
+        raise ValueError("--aug-splits doesn't go with --mixup and --cutmix: leave out one or the others")
+    if given.get("jsd_loss") and not splits:
+        raise ValueError("--jsd-loss compares what --aug-splits makes of an image: give --aug-splits 3")
+    if given.get("split_bn") and not (splits or given.get("resplit")):
+        raise ValueError("--split-bn has a norm for each of --aug-splits: give --aug-splits 2, or more")
+    if given.get("amp") and given.get("model_dtype", "") not in ("", "float32"):
+        refuse("model_dtype", "is float32 beside --amp")
+    if given.get("aug_repeats") and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        refuse("aug_repeats", "needs several processes, torchrun's")
+    if given.get("tta", 0) > 1:
+        refuse("tta", "averages images that lie side by side, as timm makes no copies of one: leave it out")
     for name in made:
         if name not in given or not given[name]:
             continue
@@ -141,6 +161,11 @@ def check_values(options: Namespace, made: Iterable[str] = tuple(_MADE)) -> None
             known = _KNOWN[name]() if name in _KNOWN else []
             hint = "" if given[name] in known else alike(str(given[name]), known)
             raise ValueError(f"--{name.replace('_', '-')} {given[name]}: {reason}{hint}") from error
+
+
+def _mixes(options: Namespace) -> bool:
+    """Whether images of a batch are mixed."""
+    return any(getattr(options, name, None) for name in ("mixup", "cutmix", "cutmix_minmax"))
 
 
 def check_named(path: Path, options: Namespace, recipe: str = "") -> None:
@@ -161,6 +186,11 @@ def passed_over(options: Namespace, defaults: Namespace) -> list[str]:
     for name, other in _BESIDE.items():
         if getattr(options, name, None) != getattr(defaults, name, None) and not getattr(options, other, None):
             out.append(f"--{name} is passed over without --{other}".replace("_", "-"))
+    if given.get("bce_loss") and not given.get("smoothing") and not _mixes(options):
+        out.append("--bce-loss is passed over where nothing is smoothed or mixed: give --smoothing 1e-9 to have it")
+    streams = ("tfds/", "wds/", "hfids/")
+    if given.get("epoch_repeats") and not str(given.get("dataset") or "").startswith(streams):
+        out.append("--epoch-repeats is passed over but for streams (tfds/, wds/, hfids/): give more --epochs")
     return out
 
 
@@ -190,6 +220,12 @@ def _check_channels(options: Namespace, record: Record) -> None:
         height, width = told["input_size"][1:]
         told_how = f"--input-size {wanted} {height} {width}"
         raise ValueError(f"the model takes {wanted} channels and its images have {channels}: give {told_how}")
+    if mode := getattr(options, "input_img_mode", None):
+        has = len(Image.new(mode, (1, 1)).getbands())
+        if has != wanted:
+            raise ValueError(f"--input-img-mode {mode} has {has} channels and the model takes {wanted}")
+    if getattr(options, "aa", None) and wanted not in (1, 3):
+        raise ValueError(f"--aa {options.aa} is for images of 1 or 3 channels, and the model takes {wanted}")
 
 
 def _check_output(options: Namespace) -> None:

@@ -102,8 +102,8 @@ class _Reader:
         return image
 
     def __getitem__(self, index: int) -> tuple:
-        if self._pixels and (image := self._pixels.get(index)):
-            return _Image(lambda: image), self._reader.samples[index][1]
+        if self._pixels and (kept := self._pixels.get(index)):
+            return _Image(lambda: kept), self._reader.samples[index][1]
         file, *rest = self._reader[index]
         if self._strict:  # here, as older timm takes the next image whatever `read` raises
             image = _load_or_end(file, self._mode)

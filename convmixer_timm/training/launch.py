@@ -184,9 +184,18 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     record = Record.of(options, data, recipe, processes)
     if note := check_training_arguments(options, record):
         _say(note)
+    given = {"--mean": options.mean, "--std": options.std}
+    if record.model.preprocessing["input_size"][0] != 3 and not any(given.values()):
+        # timm fills what an augmentation leaves empty by the mean, and takes an RGB one for images of other channels.
+        for flag in given:
+            args = [*args, flag, *map(str, record.model.preprocessing[flag.lstrip("-")])]
     resumed = Path(options.resume) if options.resume else None
     if resumed and not resumed.is_file():
         raise ValueError(f"--resume {resumed}: no such file")
+    if resumed and resumed.name.startswith("recovery-") and options.start_epoch is None:
+        options.start_epoch = _epoch_of(resumed)
+        _say(f"{resumed} is of the midst of epoch {options.start_epoch}, which is trained anew from its weights")
+        args = [*args, "--start-epoch", str(options.start_epoch)]
     run = _earlier_run(options, resumed, recipe)
     if checkpoint := resumed or (run and run / LAST):
         going_on = _going_on(checkpoint, record, options)

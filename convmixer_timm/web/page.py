@@ -128,7 +128,7 @@ def page(
             settings=json.dumps(settings).replace("<", "\\u003c"),
             facts="\n".join(f"      <div><dt>{escape(term)}</dt><dd>{value}</dd></div>" for term, value in facts),
         )
-        (temporary / "index.html").write_text(html, encoding="utf-8")
+        (temporary / "index.html").write_text(html, encoding="utf-8", errors="backslashreplace")
         for source in _SOURCES[1:]:
             (temporary / source).write_text(_source(source), encoding="utf-8")
         return {name: path.stat().st_size for name, path in files_below(temporary).items()}
@@ -202,6 +202,7 @@ def _write_examples(paths: Iterable[Path], folder: Path) -> list[dict[str, str]]
     shown = []
     for number, path in enumerate(paths, 1):
         image = load_image(path)
+        image.info.clear()  # a comment or a colour profile, which Pillow would write again
         exact = max(image.size) <= 96  # small ones as they are
         image.thumbnail((_EXAMPLE_PIXELS, _EXAMPLE_PIXELS), Image.Resampling.LANCZOS)
         file = f"examples/{number}.{'png' if exact else 'jpg'}"

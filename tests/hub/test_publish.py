@@ -478,7 +478,7 @@ def test_prediction_verification_and_damage(server, published, fresh, client):
         code, out, _ = fresh("verify", published)
         assert code == 1 and "SHA-256" in out
         line = fresh.fails("predict", "--model", published, IMAGES / "ship")
-        assert "damaged" in line
+        assert f"{blob} is damaged" in line
     blob.unlink()
     assert predict(fresh, published)[0] == 0  # downloaded again
 

@@ -190,8 +190,9 @@ def test_a_local_folder_with_one_channel_and_other_labels(tmp_path, cifar_images
     data = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "num_classes": 2, "label_names": None}
     config = {"pretrained_cfg": data, "label_names": ["ant", "bee"]}
     args = {"in_chans": 1, "num_classes": 2, "depth": 2}
-    save_for_hf(model, tmp_path, model_config=config, model_args=args, safe_serialization=True)
-    code, out, _ = run(capsys, cifar_images[0][0], "--model", f"local-dir:{tmp_path}", "--format", "json")
+    folder = tmp_path / "#1?"  # an address would end there
+    save_for_hf(model, folder, model_config=config, model_args=args, safe_serialization=True)
+    code, out, _ = run(capsys, cifar_images[0][0], "--model", f"local-dir:{folder}", "--format", "json")
     assert code == 0
     assert {c["label"] for c in json.loads(out)[0]["classes"]} == {"ant", "bee"}
 
@@ -302,6 +303,7 @@ def test_an_image_that_cannot_be_read_is_named(model, tmp_path):
         (None, "images are paths, PIL images or arrays"),
         (np.array(7), "got a ndarray"),
         ([7], "an image is a path, a PIL image or an array"),
+        (np.zeros((8, 8, 3), np.uint8).tolist(), r"a path, a PIL image or an array \[H, W, 3\], got a list"),
         ([(np.zeros((8, 8, 3), np.uint8), 3)], "got a tuple: give the images alone"),
         (np.zeros((3, 32, 32)), r"got \[3, 32, 32\]"),
         ([torch.zeros(1, 3, 32, 32)], r"got \[1, 3, 32, 32\]"),

@@ -18,9 +18,9 @@ from convmixer_timm.kernels import build, fast
 from .helpers import needs_compiler, relative
 
 
-def small_model(cls=ConvMixer, **kwargs):
+def small_model(cls=ConvMixer, dim=32, **kwargs):
     torch.manual_seed(1)
-    return cls(32, 2, kernel_size=5, patch_size=2, num_classes=10, **kwargs)
+    return cls(dim, 2, kernel_size=5, patch_size=2, num_classes=10, **kwargs)
 
 
 @pytest.fixture
@@ -246,8 +246,9 @@ def convolved(monkeypatch):
     function = F.conv2d
 
     def noted(x, *args, **kwargs):
-        types.add(x.dtype)
-        return function(x, *args, **kwargs)
+        z = function(x, *args, **kwargs)
+        types.update((x.dtype, z.dtype))  # which autocast may have cast on the way
+        return z
 
     monkeypatch.setattr(F, "conv2d", noted)
     return types
@@ -278,12 +279,29 @@ def test_convolutions_take_fp32_where_their_own_type_is_slow(no_instructions, co
         assert relative(ours, exact) < 1.3 * relative(theirs, exact)
 
 
-@pytest.mark.parametrize("kwargs", [{"norm_layer": "layernorm2d"}, {"act_layer": "silu"}, {"pointwise_residual": True}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"norm_layer": "layernorm2d"}, {"act_layer": "silu"}, {"pointwise_residual": True}, {"dim": 24}, {"frozen": True}],
+)
 def test_other_layers_take_fp32_too(no_instructions, convolved, kwargs):
-    model, x = small_model(**kwargs), torch.randn(4, 3, 16, 16)
+    frozen = kwargs.get("frozen")
+    model = small_model(**{} if frozen else kwargs).train(not frozen)
+    x = torch.randn(4, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         model(x).float().sum().backward()
     assert convolved <= {torch.float32} and model.stem[0].weight.grad.isfinite().all()
+
+
+def test_biases_alone_train_by_the_kernels(calls):
+    x = torch.randn(4, 3, 16, 16)
+    grads = []
+    for cls in (TimmConvMixer, ConvMixer):
+        model = small_model(cls)
+        for name, p in model.named_parameters():
+            p.requires_grad_("bias" in name)
+        model(x).square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert relative(grads[1], grads[0]) < 1e-5 and "spatial_mixing" in calls
 
 
 @pytest.mark.parametrize(
@@ -451,7 +469,7 @@ def test_another_default_dtype_changes_no_gradient(way, default, mode):
 
 @needs_compiler
 @pytest.mark.parametrize("autocast", [False, True])
-def test_fake_tensors_tracers_and_flop_counters_see_operators(autocast):
+def test_fake_tensors_and_tracers_see_operators_and_flops_are_counted(autocast):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils.flop_counter import FlopCounterMode

@@ -59,6 +59,15 @@ def check(classes=("ant", "bee"), **given):
         ({"seed": -1}, "--seed is 0 or more, got -1"),
         ({"ratio": [1.0]}, "--ratio takes two numbers"),
         ({"amp_dtype": "bf16"}, "--amp-dtype is one of float16, bfloat16, got bf16"),
+        ({"amp": False, "model_dtype": "half"}, "--model-dtype is one of float32, float16, bfloat16, got half"),
+        ({"amp": True, "model_dtype": "bfloat16"}, "--model-dtype is float32 beside --amp, got bfloat16"),
+        ({"worker_seeding": "x"}, "--worker-seeding is one of all, part, got x"),
+        ({"cutmix": 0, "aug_splits": 1}, "--aug-splits is 2 or more, got 1"),
+        ({"cutmix": 1.0, "aug_splits": 2}, "--aug-splits doesn't go with --mixup and --cutmix"),
+        ({"jsd_loss": True}, "--jsd-loss compares what --aug-splits makes of an image: give --aug-splits 3"),
+        ({"split_bn": True}, "--split-bn has a norm for each of --aug-splits: give --aug-splits 2, or more"),
+        ({"aug_repeats": 3}, "--aug-repeats needs several processes, torchrun's, got 3"),
+        ({"tta": 4}, "--tta averages images that lie side by side, as timm makes no copies of one: leave it out"),
     ],
 )
 def test_values(given, message):
@@ -78,6 +87,18 @@ def test_arguments_that_train_py_passes_over():
         "--kd-temperature is passed over without --kd-model-name",
         "--clip-mode is passed over without --clip-grad",
     ]
+    given = options_of(bce_sum=True, train_batch_sizes=[2], bce_loss=False, train_img_sizes=None)
+    assert passed_over(given, options_of()) == [
+        "--bce-sum is passed over without --bce-loss",
+        "--train-batch-sizes is passed over without --train-img-sizes",
+    ]
+    hard = {"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+    [line] = passed_over(options_of(bce_loss=True, **hard), options_of())
+    assert line.startswith("--bce-loss is passed over where nothing is smoothed or mixed")
+    assert passed_over(options_of(bce_loss=True, **{**hard, "smoothing": 0.1}), options_of()) == []
+    [line] = passed_over(options_of(epoch_repeats=3.0), options_of())
+    assert line.startswith("--epoch-repeats is passed over but for streams")
+    assert passed_over(options_of(epoch_repeats=3.0, dataset="wds/x"), options_of()) == []
     slow = options_of(amp=True, amp_dtype="float16", device="cpu")
     assert passed_over(slow, defaults) == [
         "--amp trains in float16, which is slower on a CPU than bfloat16: give --amp-dtype bfloat16"
@@ -117,6 +138,15 @@ def files(tmp_path):
 def test_files_to_start_from_that_do_not_fit(option, name, message, files):
     with pytest.raises((ValueError, OSError), match=message):
         check(pretrained=True, **{option: str(files / f"{name}.pth")})
+
+
+def test_channels():
+    four = {"input_size": [4, 32, 32], "mean": [0.5], "std": [0.5], "initial_checkpoint": ""}
+    assert check(**four, input_img_mode="RGBA") == ""
+    with pytest.raises(ValueError, match="--input-img-mode RGBA has 4 channels and the model takes 3"):
+        check(input_img_mode="RGBA")
+    with pytest.raises(ValueError, match="--aa rand-m9 is for images of 1 or 3 channels, and the model takes 4"):
+        check(**four, aa="rand-m9")
 
 
 def test_files_to_start_from(files):

@@ -174,7 +174,9 @@ def test_validation_reads_by_it(timm_scripts, folder, tmp_path):
     environment = {**os.environ, "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, errors="replace")
     [line] = [line for line in done.stderr.splitlines() if "5.bmp" in line]
-    assert done.returncode == 1 and line.endswith("5.bmp: not an image that Pillow can read: mend the file, or move it away")
+    assert done.returncode == 1 and line.endswith(
+        "5.bmp: not an image that Pillow can read: mend the file, or move it away"
+    )
     (folder / "a/5.bmp").unlink()
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stderr

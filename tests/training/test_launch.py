@@ -42,6 +42,27 @@ def test_every_recipe_trains(name, timm_scripts, data, tmp_path):
     assert [row["epoch"] for row in summary(tmp_path / name)] == ["0"]
 
 
+def test_augmentations_of_grey_images(timm_scripts, data, tmp_path):
+    """timm fills what they leave empty by a colour."""
+    args = ["cifar10_e100", "--data-dir", data, *SMALL, "--input-size", "1", "32", "32", "--output", tmp_path]
+    run(train(*args, "--epochs", "1", "--aa", "rand-m9-n5-mstd0.5-inc1"), TIMM_SCRIPTS=str(timm_scripts))
+    assert [row["epoch"] for row in summary(tmp_path / "cifar10_e100")] == ["0"]
+
+
+def test_an_epoch_that_was_cut_short_is_trained_anew(timm_scripts, data, tmp_path):
+    args = ["--data-dir", data, *SMALL, "--output", tmp_path, "--experiment", "run", "--epochs", "1"]
+    command = [sys.executable, "-m", "convmixer_timm", "run", "train", *map(str, args)]
+    run([*command, "--recovery-interval", "1"], TIMM_SCRIPTS=str(timm_scripts))
+    recovery = min((tmp_path / "run").glob("recovery-0-*"))
+    for file in {*(tmp_path / "run").glob("*.pth.tar")} - {recovery}:
+        file.unlink()
+    (tmp_path / "run/summary.csv").unlink()
+    told = run([*command, "--resume", str(recovery)], TIMM_SCRIPTS=str(timm_scripts)).stderr
+    assert "is of the midst of epoch 0, which is trained anew from its weights" in told
+    assert [row["epoch"] for row in summary(tmp_path / "run")] == ["0"]
+    assert (tmp_path / "run/last.pth.tar").is_file()
+
+
 def test_an_interrupted_run_goes_on_by_the_same_command(timm_scripts, data, tmp_path):
     args = ["cifar10_e25", "--data-dir", data, *SMALL, "--epochs", "12", "--model-ema", "--output", tmp_path]
     folder = tmp_path / "cifar10_e25"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import convmixer_timm
 from convmixer_timm.cli import main
@@ -141,10 +141,15 @@ def test_examples_are_shrunk_and_carry_no_metadata(tmp_path):
     exif = Image.Exif()
     exif[0x010F] = "a camera"
     exif[0x0112] = 6  # to be turned
-    photo.save(tmp_path / "photo.jpg", exif=exif)
-    convmixer_timm.page(save(tmp_path / "model"), tmp_path / "page", examples=[tmp_path / "photo.jpg"])
+    told = {"exif": exif, "icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
+    photo.save(tmp_path / "photo.jpg", comment="a secret", **told)
+    photo.resize((32, 32)).save(tmp_path / "small.png", **told)
+    examples = [tmp_path / "photo.jpg", tmp_path / "small.png"]
+    convmixer_timm.page(save(tmp_path / "model"), tmp_path / "page", examples=examples)
     shown = Image.open(tmp_path / "page/examples/1.jpg")
-    assert shown.size == (512, 1024) and not shown.getexif()
+    assert shown.size == (512, 1024)
+    for image in (shown, Image.open(tmp_path / "page/examples/2.png")):
+        assert not image.getexif() and not image.info.keys() & {"comment", "icc_profile"}
 
 
 def test_examples_of_a_folder_and_of_one_file(tmp_path):
