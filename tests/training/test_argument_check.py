@@ -87,8 +87,8 @@ def test_arguments_that_train_py_passes_over():
         "--kd-temperature is passed over without --kd-model-name",
         "--clip-mode is passed over without --clip-grad",
     ]
-    given = options_of(bce_sum=True, train_batch_sizes=[2], bce_loss=False, train_img_sizes=None)
-    assert passed_over(given, options_of()) == [
+    alone = options_of(bce_sum=True, train_batch_sizes=[2], bce_loss=False, train_img_sizes=None)
+    assert passed_over(alone, options_of()) == [
         "--bce-sum is passed over without --bce-loss",
         "--train-batch-sizes is passed over without --train-img-sizes",
     ]
