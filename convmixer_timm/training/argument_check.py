@@ -133,24 +133,17 @@ def check_values(options: Namespace, made: Iterable[str] = tuple(_MADE)) -> None
             refuse(name, "takes two numbers, the least and the greatest")
         if name == "input_size" and min(value) < 1:
             refuse(name, "is channels, height and width, each 1 or more")
-    mixes = _mixes(options)
-    if mixes and options.batch_size % 2:
+        if name == "aug_splits" and value == 1:
+            refuse(name, "is 2 or more")
+        if name == "tta" and value > 1:
+            refuse(name, "averages images that lie side by side, as timm makes no copies of one: leave it out")
+        if name == "aug_repeats" and value and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+            refuse(name, "needs several processes, torchrun's")
+        if name == "model_dtype" and value not in ("", "float32") and given.get("amp"):
+            refuse(name, "is float32 beside --amp")
+    if _mixes(options) and options.batch_size % 2:
         refuse("batch_size", "is even where images are mixed")
-    splits = given.get("aug_splits") or 0
-    if splits == 1:
-        refuse("aug_splits", "is 2 or more")
-    if splits and mixes:
-        raise ValueError("--aug-splits doesn't go with --mixup and --cutmix: leave out one or the others")
-    if given.get("jsd_loss") and not splits:
-        raise ValueError("--jsd-loss compares what --aug-splits makes of an image: give --aug-splits 3")
-    if given.get("split_bn") and not (splits or given.get("resplit")):
-        raise ValueError("--split-bn has a norm for each of --aug-splits: give --aug-splits 2, or more")
-    if given.get("amp") and given.get("model_dtype", "") not in ("", "float32"):
-        refuse("model_dtype", "is float32 beside --amp")
-    if given.get("aug_repeats") and int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        refuse("aug_repeats", "needs several processes, torchrun's")
-    if given.get("tta", 0) > 1:
-        refuse("tta", "averages images that lie side by side, as timm makes no copies of one: leave it out")
+    _check_splits(options)
     for name in made:
         if name not in given or not given[name]:
             continue
@@ -166,6 +159,18 @@ def check_values(options: Namespace, made: Iterable[str] = tuple(_MADE)) -> None
 def _mixes(options: Namespace) -> bool:
     """Whether images of a batch are mixed."""
     return any(getattr(options, name, None) for name in ("mixup", "cutmix", "cutmix_minmax"))
+
+
+def _check_splits(options: Namespace) -> None:
+    """Raises ValueError for what ``train.py`` asserts of ``--aug-splits`` and what goes with it."""
+    given = vars(options)
+    if given.get("aug_splits"):
+        if _mixes(options):
+            raise ValueError("--aug-splits doesn't go with --mixup and --cutmix: leave out one or the others")
+    elif given.get("jsd_loss"):
+        raise ValueError("--jsd-loss compares what --aug-splits makes of an image: give --aug-splits 3")
+    elif given.get("split_bn") and not given.get("resplit"):
+        raise ValueError("--split-bn has a norm for each of --aug-splits: give --aug-splits 2, or more")
 
 
 def check_named(path: Path, options: Namespace, recipe: str = "") -> None:

@@ -184,11 +184,10 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     record = Record.of(options, data, recipe, processes)
     if note := check_training_arguments(options, record):
         _say(note)
-    given = {"--mean": options.mean, "--std": options.std}
-    if record.model.preprocessing["input_size"][0] != 3 and not any(given.values()):
+    told = record.model.preprocessing
+    if told["input_size"][0] != 3 and not (options.mean or options.std):
         # timm fills what an augmentation leaves empty by the mean, and takes an RGB one for images of other channels.
-        for flag in given:
-            args = [*args, flag, *map(str, record.model.preprocessing[flag.lstrip("-")])]
+        args = [*args, "--mean", *map(str, told["mean"]), "--std", *map(str, told["std"])]
     resumed = Path(options.resume) if options.resume else None
     if resumed and not resumed.is_file():
         raise ValueError(f"--resume {resumed}: no such file")
