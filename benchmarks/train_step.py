@@ -67,10 +67,12 @@ def work(args) -> None:
     if args.march:
         from convmixer_timm.kernels import build as kernels
         from convmixer_timm.kernels import fast
+        from convmixer_timm.training.compat import mend_muon
 
         kernels._FLAGS = [flag.replace("-march=native", f"-march={args.march}") for flag in kernels._FLAGS]
         if os.environ["ONEDNN_MAX_CPU_ISA"] in ("AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"):
             fast.SLOW_DTYPES.add(torch.bfloat16)  # else asked of the processor itself
+            mend_muon()
     if args.worker == "floor":
         return print(floor_seconds(args))
     whose, channels_last, compiled, _ = SETTINGS[args.worker]

@@ -193,8 +193,8 @@ def passed_over(options: Namespace, defaults: Namespace) -> list[str]:
             out.append(f"--{name} is passed over without --{other}".replace("_", "-"))
     if given.get("bce_loss") and not given.get("smoothing") and not _mixes(options):
         out.append("--bce-loss is passed over where nothing is smoothed or mixed: give --smoothing 1e-9 to have it")
-    streams = ("tfds/", "wds/", "hfids/")
-    if given.get("epoch_repeats") and not str(given.get("dataset") or "").startswith(streams):
+    source = str(given.get("dataset") or "").partition("/")[0].lower()
+    if given.get("epoch_repeats") and source not in ("tfds", "wds", "hfids"):
         out.append("--epoch-repeats is passed over but for streams (tfds/, wds/, hfids/): give more --epochs")
     return out
 

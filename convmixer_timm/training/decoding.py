@@ -80,15 +80,15 @@ class _Reader:
     Args:
         reader: timm's.
         mode: Pillow's mode of the images that it is to give.
-        keep: Keep small images of a folder in memory, decoded.
-        strict: End the script at an image that can't be read. timm takes the next in its place, whose prediction then
-            stands under two names, and counts twice.
+        training: Keep small images of a folder in memory, decoded, and let timm take the next image in place of one
+            that can't be read. Where predictions are measured or written, the next would count twice, or stand under
+            two names: there the script ends.
     """
 
-    def __init__(self, reader: Any, mode: str, keep: bool, strict: bool):
-        self._reader, self._mode, self._strict = reader, mode, strict
+    def __init__(self, reader: Any, mode: str, training: bool):
+        self._reader, self._mode, self._training = reader, mode, training
         self._pixels: _Pixels | None = None
-        if keep and isinstance(reader, ReaderImageFolder):
+        if training and isinstance(reader, ReaderImageFolder):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # too large, or no sysconf here
                 self._pixels = _Pixels(len(reader), self._load(reader[0][0]))
 
@@ -105,7 +105,7 @@ class _Reader:
         if self._pixels and (kept := self._pixels.get(index)):
             return _Image(lambda: kept), self._reader.samples[index][1]
         file, *rest = self._reader[index]
-        if self._strict:  # here, as older timm takes the next image whatever `read` raises
+        if not self._training:  # here, as older timm takes the next image whatever `read` raises
             image = _load_or_end(file, self._mode)
             return (_Image(lambda: image), *rest)
         return (_Image(lambda: self._load_and_keep(index, file)), *rest)
@@ -138,8 +138,7 @@ class OneReaderDataset(ImageDataset):
     def __init__(self, *args: Any, training: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not self.load_bytes:  # else the bytes are wanted
-            mode = self.input_img_mode or "RGB"
-            self.reader: Any = _Reader(self.reader, mode, keep=training, strict=not training)
+            self.reader: Any = _Reader(self.reader, self.input_img_mode or "RGB", training)
             self.load_bytes = True  # timm: "take what `read` gives"
 
 

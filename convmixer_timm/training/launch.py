@@ -191,10 +191,6 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     resumed = Path(options.resume) if options.resume else None
     if resumed and not resumed.is_file():
         raise ValueError(f"--resume {resumed}: no such file")
-    if resumed and resumed.name.startswith("recovery-") and options.start_epoch is None:
-        options.start_epoch = _epoch_of(resumed)
-        _say(f"{resumed} is of the midst of epoch {options.start_epoch}, which is trained anew from its weights")
-        args = [*args, "--start-epoch", str(options.start_epoch)]
     run = _earlier_run(options, resumed, recipe)
     if checkpoint := resumed or (run and run / LAST):
         going_on = _going_on(checkpoint, record, options)
@@ -204,6 +200,9 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
         if not resumed:
             _say(f"Resuming from {checkpoint}")
             args = [*args, "--resume", str(checkpoint)]
+        elif _is_recovery(resumed) and options.start_epoch is None:
+            _say(f"{resumed} is of the midst of epoch {start}, which is trained anew from its weights")
+            args = [*args, "--start-epoch", str(start)]
         if run:
             if _is_first():
                 reserve(run)
@@ -247,7 +246,7 @@ def _going_on(checkpoint: Path, record: Record, options: Namespace) -> tuple[Rec
     Raises:
         ValueError: If the checkpoint is of another run or model, or nothing would be trained.
     """
-    start, epochs = 1 + _epoch_of(checkpoint), scheduled_epochs(options)
+    start, epochs = _epoch_after(checkpoint), scheduled_epochs(options)
     if options.start_epoch is not None:
         start = options.start_epoch
     before = Record.read(checkpoint.parent)
@@ -300,12 +299,17 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def _epoch_of(checkpoint: Path) -> int:
-    """The epoch, counted from 0, that a checkpoint of ``train.py`` is of."""
+def _is_recovery(checkpoint: Path) -> bool:
+    """Whether ``train.py`` wrote a checkpoint in the midst of an epoch."""
+    return checkpoint.name.startswith("recovery-")
+
+
+def _epoch_after(checkpoint: Path) -> int:
+    """The epoch, counted from 0, that comes after a checkpoint of ``train.py``: one that was cut short, once more."""
     epoch = read_checkpoint(checkpoint).get("epoch")
     if not isinstance(epoch, int):
         raise ValueError(f"{checkpoint} is no checkpoint to resume from: it tells no epoch")
-    return epoch
+    return epoch if _is_recovery(checkpoint) else epoch + 1
 
 
 def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
