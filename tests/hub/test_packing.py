@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.hub.cards import Evaluation, adopt_card, make_card, merge_cards
-from convmixer_timm.hub.packing import pack
+from convmixer_timm.hub.packing import _mend_config, pack
 from convmixer_timm.hub.sources import read_run
 from convmixer_timm.training.data_check import Data, Split
 from convmixer_timm.training.record import Record
@@ -164,6 +164,19 @@ def test_preprocessing_and_channels_travel(tmp_path):
     assert (config["mean"], config["std"], config["crop_pct"]) == ([0.5], [0.25], 0.9)
     assert model(torch.zeros(1, 1, 48, 48)).shape == (1, 3)
     assert model.pretrained_cfg["label_names"] == ["0", "1", "2"]  # CIFAR-10's would be wrong
+
+
+def test_a_description_keeps_its_only_number_of_classes(tmp_path):
+    folder = WEIGHTS_DIR / "convmixer_128_4.e25_cifar10"
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_classes"], config["pretrained_cfg"]["num_classes"]
+    config["model_args"] = {"num_classes": 10}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _mend_config(tmp_path / "config.json")
+    mended = json.loads((tmp_path / "config.json").read_text())
+    assert (mended["num_classes"], mended["model_args"]) == (10, {})
+    _mend_config(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text()) == mended
 
 
 def test_cards_merge():

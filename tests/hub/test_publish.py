@@ -470,6 +470,10 @@ def test_prediction_verification_and_damage(server, published, fresh, client):
     assert code == 0, err
     assert out == predict(client, "convmixer_128_4.e25_cifar10")[1]
     assert "ok      hf-hub:ann/cifar\n" in fresh("verify")[1]
+    data_set = fresh.home / "hub/datasets--ann--set"
+    shutil.copytree(fresh.home / "hub/models--ann--cifar", data_set, symlinks=True)
+    assert "ann/set" not in fresh("verify")[1]
+    shutil.rmtree(data_set)
 
     (blob,) = [path for path in fresh.home.rglob("blobs/*") if path.stat().st_size > 100_000]
     content = blob.read_bytes()

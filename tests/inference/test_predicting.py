@@ -376,6 +376,8 @@ def test_what_is_no_classifier_is_said(options):
         (None, "got a NoneType"),
         (str(WEIGHTS_DIR / NAME), f"is a folder: a packed one is loaded by 'local-dir:{WEIGHTS_DIR / NAME}'"),
         ("foo:bar", "no source 'foo'; a model is NAME, hf-hub:OWNER/NAME or local-dir:FOLDER"),
+        (f"timm:{NAME}", "no source 'timm'; a model is NAME, hf-hub:OWNER/NAME or local-dir:FOLDER"),
+        ("hf-hub:ann/cifar@", "ann/cifar@ names no revision: leave the @ out, or give OWNER/NAME@REVISION"),
     ],
 )
 def test_what_names_no_model(name, message):

@@ -292,6 +292,19 @@ def test_other_layers_take_fp32_too(no_instructions, convolved, kwargs):
     assert convolved <= {torch.float32} and model.stem[0].weight.grad.isfinite().all()
 
 
+def test_shapes_that_do_not_fit_are_said_as_by_timms_class():
+    errors = []
+    for cls in (TimmConvMixer, ConvMixer):
+        model = small_model(cls)
+        with pytest.raises(RuntimeError) as channels:
+            model.blocks(torch.randn(2, 48, 8, 8))
+        model.blocks[0][3] = torch.nn.BatchNorm2d(48)
+        with pytest.raises(RuntimeError) as norm:
+            model(torch.randn(2, 3, 16, 16))
+        errors.append((str(channels.value), str(norm.value)))
+    assert errors[0] == errors[1]
+
+
 def test_biases_alone_train_by_the_kernels(calls):
     x = torch.randn(4, 3, 16, 16)
     grads = []

@@ -136,6 +136,13 @@ def test_a_card_beside_the_model_gives_its_facts(tmp_path):
     convmixer_timm.page(name, tmp_path / "page")
 
 
+def test_a_label_that_no_encoding_holds(tmp_path):
+    labels = ["\ud800x", *"abcd"]
+    convmixer_timm.page(save(tmp_path / "model", labels=labels), tmp_path / "page")
+    assert settings(tmp_path / "page")["labels"] == labels
+    assert "\\ud800x" in (tmp_path / "page/index.html").read_text(encoding="utf-8")
+
+
 def test_examples_are_shrunk_and_carry_no_metadata(tmp_path):
     photo = Image.new("RGB", (3000, 1500), "green")
     exif = Image.Exif()
