@@ -15,10 +15,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
+from ..errors import one_line
 from ..files import atomic_path, cache_dir, private_dir
 
 __all__ = ["available", "library", "require"]
@@ -76,13 +78,13 @@ def library() -> ctypes.CDLL | None:
             return _load(cache_dir() / name, compiler)
         except OSError:  # no right to write there, or no space
             return _load(private_dir() / name, compiler)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:  # ValueError: a quote in CXX isn't closed
+        reason = getattr(error, "stderr", None) or error
         _logger.warning(
             "The fast kernels could not be built, ConvMixer runs slowly, without them. Install g++ with OpenMP, or "
             "name a compiler in CXX. %s said: %s",
             compiler,
-            reason.strip(),
+            one_line(reason),
         )
         return None
 
@@ -93,11 +95,13 @@ def _load(path: Path, compiler: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(path))
     if path.is_dir():  # the name is ours, so whatever that is, it is in a library's place
         shutil.rmtree(path, ignore_errors=True)
-    with atomic_path(path) as built:
+    # Built where the compiler works too, so that of a full cache it is the writing here that tells.
+    with atomic_path(path) as temporary, tempfile.TemporaryDirectory() as folder:
+        built = Path(folder, path.name)
         command = [compiler] if shutil.which(compiler) else shlex.split(compiler)  # one with arguments
         command += [*_FLAGS, str(_SOURCE), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8", errors="replace")
-        built.write_bytes((content := built.read_bytes()) + hashlib.sha256(content).digest())
+        temporary.write_bytes((content := built.read_bytes()) + hashlib.sha256(content).digest())
     return ctypes.CDLL(str(path))
 
 

@@ -54,6 +54,9 @@ _evaluated = 0
 # Compiled evaluation calls the kernels for feature maps of so many values, of 16 or, in bf16, 4 images of 32 pixels by
 # ConvMixer-256/8. For smaller ones the calls cost more than they save, and everything is left to the compiler.
 _WORTH_A_CALL = {torch.float32: 1 << 20, torch.bfloat16: 1 << 18}
+# An evaluation that is recorded for a gradient, as it is where `torch.no_grad()` was forgotten, calls them for maps of
+# so many values, of 2 such images: each recorded call costs some 0.1 ms more.
+_WORTH_RECORDING = 1 << 17
 # The largest kernels by which the loops of this folder evaluate; with larger ones PyTorch's convolution is faster.
 _WIDEST = 13
 
@@ -74,6 +77,10 @@ class _Layer(nn.Module):
             return super().__call__(*args, **kwargs)
         if not gpu.is_gpu(x):
             memory.keep_freed()
+            if self.training and torch.is_grad_enabled():
+                # Even where all norms are frozen: the first backward pass would, and a checkpoint that a layer is under
+                # would go another way from there on.
+                build.available()
             x = _turned(x)
         return self._fast(x)
 
@@ -172,13 +179,14 @@ def as_given(features: Tensor, images: Tensor) -> Tensor:
 
 
 def _is_little(x: Tensor) -> bool:
-    """Whether the kernels aren't built and `x`, of an evaluation, is too small for the layout alone to pay.
+    """Whether `x`, of an evaluation, is too small for the kernels to pay; if they aren't built, for the layout alone.
 
     Asked first, as all the other questions take time that shows where a single image goes through a small model.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_slow(_precision(x)):
         return False
-    return x.numel() < _LARGE and not build.available(build=False) and _precision(x) not in SLOW_DTYPES
+    recorded = torch.is_grad_enabled() and x.numel() < _WORTH_RECORDING
+    return recorded or (x.numel() < _LARGE and not build.available(build=False))
 
 
 def _plain(t: Tensor) -> bool:
@@ -202,12 +210,17 @@ def _runs_here(x: Tensor) -> bool:
         return False
     if on_gpu:
         return gpu.takes(x)
-    return not compiles or torch.is_grad_enabled() or _precision(x) in SLOW_DTYPES or build.available()
+    return not compiles or torch.is_grad_enabled() or _is_slow(_precision(x)) or build.available()
 
 
 def _precision(x: Tensor) -> torch.dtype:
     """The type that a convolution takes `x`, features or weights, in."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _is_slow(dtype: torch.dtype) -> bool:
+    """Whether convolutions in the type take longer than in fp32; backwards PyTorch's in fp16 have no instructions."""
+    return dtype in SLOW_DTYPES or (dtype == torch.float16 and torch.is_grad_enabled())
 
 
 def untouched(*modules: nn.Module) -> bool:
@@ -308,7 +321,7 @@ def _is_trained(conv: nn.Conv2d) -> bool:
 
 def _widens(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     """Whether fp32 may stand for the type that the convolution would compute in, and is faster."""
-    if _precision(x) not in SLOW_DTYPES:
+    if not _is_slow(_precision(x)):
         return False
     if type(conv) is not nn.Conv2d or not _plain(conv.weight) or not untouched(conv):
         return False

@@ -1,9 +1,11 @@
 """Building, caching and loading the kernels, and what glibc is told."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ def fresh():
     build.library.cache_clear()
 
 
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", 'g++ "'])
 def test_a_failed_build_is_a_warning_that_says_what_to_do(fresh, monkeypatch, tmp_path, caplog, compiler):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
@@ -37,7 +39,7 @@ def test_a_failed_build_is_a_warning_that_says_what_to_do(fresh, monkeypatch, tm
         for _ in range(2):
             assert not build.available()
     (record,) = caplog.records
-    assert "Install g++" in record.message and compiler in record.message
+    assert "Install g++" in record.message and compiler in record.message and "\n" not in record.message
     assert not list((tmp_path / "convmixer-timm").iterdir())
     ConvMixer(32, 1, 3, 2)(torch.randn(2, 3, 8, 8)).sum().backward()
     x, c = torch.randn(2, 32, 4, 4), torch.ones(32)
@@ -128,6 +130,45 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").touch()  # no folder can be made below it, whoever runs this
     for code in (LOADS, EVALUATES):
         python(code, XDG_CACHE_HOME=str(tmp_path / "file"))
+
+
+@needs_compiler
+def test_a_full_cache_is_done_without(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "private_dir", lambda: tmp_path)
+    monkeypatch.setattr(build, "_FLAGS", [flag.replace("-O3", "-O0") for flag in build._FLAGS])
+    original = build.atomic_path
+
+    @contextlib.contextmanager
+    def atomic_path(path):
+        with original(path) as temporary:
+            yield temporary if path.parent == tmp_path else Path("/dev/full")
+
+    monkeypatch.setattr(build, "atomic_path", atomic_path)
+    assert build.library() is not None
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == [build._name()]
+
+
+CHECKPOINTS = """
+import timm, torch
+import convmixer_timm
+from torch.utils.checkpoint import checkpoint
+model = timm.create_model("convmixer_128_4")
+for module in model.modules():
+    if isinstance(module, torch.nn.BatchNorm2d):
+        module.eval()
+x = model.stem(torch.randn(8, 3, 32, 32))
+for block in model.blocks:
+    x = checkpoint(block, x, use_reentrant=False)
+model.forward_head(x).sum().backward()
+assert convmixer_timm.kernels.build.library.cache_info().currsize
+"""
+
+
+@needs_compiler
+def test_layers_under_a_checkpoint_go_one_way_from_the_first_step_on(tmp_path):
+    """Also where every norm is frozen, so that it is the backward pass that needs the kernels first."""
+    python(CHECKPOINTS, XDG_CACHE_HOME=str(tmp_path))
 
 
 def test_without_a_home_directory_it_builds_in_a_folder_of_its_own(monkeypatch):

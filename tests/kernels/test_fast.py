@@ -172,7 +172,8 @@ def evaluated(cls=ConvMixer, **kwargs):
 @pytest.mark.parametrize("act_layer", [nn.GELU, nn.ReLU])
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
 @pytest.mark.parametrize("gradients", ["off", "frozen", "on"])
-def test_an_evaluation_runs_on_the_kernels(calls, act_layer, precision, gradients):
+def test_an_evaluation_runs_on_the_kernels(calls, monkeypatch, act_layer, precision, gradients):
+    monkeypatch.setattr(fast, "_WORTH_RECORDING", 0)
     models = [evaluated(cls, act_layer=act_layer) for cls in (ConvMixer, TimmConvMixer, TimmConvMixer)]
     x = torch.randn(4, 3, 16, 16)
     if precision == "bf16":
@@ -188,8 +189,11 @@ def test_an_evaluation_runs_on_the_kernels(calls, act_layer, precision, gradient
 
 @needs_compiler
 @pytest.mark.parametrize("autocast", [False, True])
-def test_gradients_of_an_evaluation_are_timms(autocast):
-    """Fine-tuning with frozen norms, and what looks for the pixels that matter."""
+@pytest.mark.parametrize("little", [False, True])
+def test_gradients_of_an_evaluation_are_timms(calls, monkeypatch, little, autocast):
+    """Fine-tuning with frozen norms, and what looks for the pixels that matter; of little, where kernels don't pay."""
+    if not little:
+        monkeypatch.setattr(fast, "_WORTH_RECORDING", 0)
     found = []
     for model in (evaluated(), evaluated(TimmConvMixer), evaluated(TimmConvMixer).double()):
         x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(model.head.weight.dtype)
@@ -198,6 +202,7 @@ def test_gradients_of_an_evaluation_are_timms(autocast):
         found.append([x.grad, *(p.grad for p in model.parameters())])
     for ours, theirs, exact in zip(*found, strict=True):
         assert relative(ours, exact) < (0.03 if autocast else max(1e-5, 2 * relative(theirs, exact)))
+    assert autocast or bool(calls) != little  # some processors have a slow bf16, which little is no reason for
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -215,7 +220,8 @@ def test_the_images_gradient_has_their_layout(way, training):
 @needs_compiler
 @pytest.mark.parametrize("act_layer", [nn.GELU, nn.ReLU])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_gradient_through_a_frozen_model_is_timms(calls, act_layer, autocast):
+def test_the_gradient_through_a_frozen_model_is_timms(calls, monkeypatch, act_layer, autocast):
+    monkeypatch.setattr(fast, "_WORTH_RECORDING", 0)
     x = torch.randn(4, 3, 16, 16)
     found = []
     for model in (evaluated(act_layer=act_layer), *[evaluated(TimmConvMixer, act_layer=act_layer) for _ in range(2)]):
@@ -277,6 +283,20 @@ def test_convolutions_take_fp32_where_their_own_type_is_slow(no_instructions, co
     for ours, theirs, exact in zip(*found, strict=True):
         assert ours.dtype == theirs.dtype
         assert relative(ours, exact) < 1.3 * relative(theirs, exact)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fp16_trains_by_convolutions_in_fp32(monkeypatch, convolved, autocast):
+    """PyTorch has no instructions for it backwards, on a processor that has them."""
+    monkeypatch.setattr(fast, "SLOW_DTYPES", set())
+    model, x = small_model(), torch.randn(4, 3, 16, 16)
+    if not autocast:
+        model, x = model.half(), x.half()
+    for training, types in ((True, {torch.float32}), (False, {torch.float16})):
+        convolved.clear()
+        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.float16, enabled=autocast):
+            model.train(training)(x)
+        assert types == convolved - ({torch.float32} if autocast and not training else set())
 
 
 @pytest.mark.parametrize(
