@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -240,10 +241,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code. What a user can mend comes as one line on stderr."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this; without one, errors would go to the other
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names that its encoding lacks, or no encoding has, are escaped
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
+    # Pillow's, of images that are refused in a line of their own.
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds")
     args.started = False
     try:
         with contextlib.nullcontext() if args.run is _run else _terminable():
@@ -267,8 +273,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _flush() -> None:
     """Writes out what was printed. What can't be is dropped: Python would try once more at its end."""
-    if sys.stdout is None:
-        return
     try:
         sys.stdout.flush()
     except OSError:
@@ -296,6 +300,6 @@ def _fail(error: Exception) -> int:
         message = f"{name if isinstance(name, str) else 'reading or writing a file'}: {os_reason(error)}"
         if error.errno in DISK:
             message += ": free some space, or write to another disk"
-    if os.environ.get("RANK", "0") == "0":  # once, where torchrun started several
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine, where torchrun started several
         print(f"convmixer-timm: error: {one_line(message)}", file=sys.stderr)
     return 1

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .convmixer import ConvMixer
+from .errors import one_line
 from .files import atomic_path
 from .images import ImageError, data_config, image_loader
 from .inference.loading import evaluating
@@ -18,7 +19,9 @@ from .inference.loading import evaluating
 try:
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise RuntimeError("pictures need matplotlib: pip install matplotlib") from error
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("matplotlib"):
+        raise RuntimeError("pictures need matplotlib: pip install matplotlib") from error
+    raise RuntimeError(f"pictures need matplotlib, which can't be imported: {one_line(error)}") from error
 
 __all__ = ["draw", "draw_curve", "draw_depthwise_kernels", "draw_heat_map", "draw_patch_filters"]
 

@@ -12,6 +12,7 @@ from convmixer_timm.files import atomic_path
 
 from .conftest import IMAGES
 
+SHIP = IMAGES / "ship/0000.png"
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 
 
@@ -39,6 +40,27 @@ def test_a_reader_that_has_seen_enough_is_none():
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+@pytest.mark.parametrize("output", ["csv", "json", "table"])
+def test_a_stream_that_is_closed_takes_nothing(tmp_path, output, closed):
+    """As a scheduler may start it; what goes to the one is not written to the other."""
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    predict = f"{sys.executable} -m convmixer_timm predict {SHIP} {tmp_path}/broken.png --format {output} {closed}"
+    done = subprocess.run(["bash", "-c", predict], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    if closed == "2>&-":
+        assert "ship" in done.stdout and "broken" not in done.stdout
+    else:
+        assert done.stdout == "" and "broken.png: " in done.stderr
+
+
+def test_an_image_with_too_many_pixels_is_one_line(tmp_path):
+    Image.new("1", (10_000, 9_500)).save(tmp_path / "large.png")
+    predict = [sys.executable, "-m", "convmixer_timm", "predict", str(tmp_path / "large.png")]
+    said = subprocess.run(predict, capture_output=True, text=True).stderr
+    assert said.count("\n") == 1 and "too large, more than 89,478,485 pixels are not read" in said
 
 
 def test_sigterm_leaves_nothing_half_written(tmp_path):

@@ -1,5 +1,6 @@
 """Pictures of a model and of its training."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,6 +94,14 @@ def test_curve_without_validation(tmp_path):
     summary.write_text("")
     with pytest.raises(ValueError, match="no finished epoch"):
         draw_curve(summary, tmp_path / "other.png")
+
+
+def test_a_matplotlib_that_cannot_be_imported_is_not_said_to_be_missing(tmp_path):
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib/__init__.py").write_text("raise ImportError('numpy.core.multiarray failed to import')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import convmixer_timm.plots"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    assert said.endswith("pictures need matplotlib, which can't be imported: numpy.core.multiarray failed to import\n")
 
 
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, capsys):

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import importlib.util
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -63,13 +64,15 @@ def unavailable(backend: str, precision: str = "fp32") -> str | None:
 def quiet() -> Iterator[None]:
     """For tracing and quantising, whatever the caller has switched on.
 
-    Tracing warns of every shape that it fixes, which is meant, and NNCF draws its bars on stdout, which is for results.
+    Tracing warns of every shape that it fixes, which is meant, and NNCF draws its bars on stdout, which is for results,
+    and whether somebody looks on or not.
     One thread at a time: warnings and stdout are the whole process's, and two that overlap would restore each other's.
     """
     with (
         _quiet,
         warnings.catch_warnings(),
-        contextlib.redirect_stdout(sys.stderr),
+        open(os.devnull, "w", encoding="utf-8") as nobody,
+        contextlib.redirect_stdout(sys.stderr if sys.stderr and sys.stderr.isatty() else nobody),
         _unreported(),
         torch.no_grad(),
         no_autocast(),

@@ -1,5 +1,6 @@
 """What a script of timm's takes as it comes and stumbles over late, or passes over: values, model and weights."""
 
+import importlib.util
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from timm.data import create_transform
 from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils.distributed import world_info_from_env
 
 from ..checkpoints import Shape, checkpoint_filter_fn, read_checkpoint
 from ..errors import alike, nearest, one_line
@@ -23,6 +25,7 @@ from .record import Model, Record, describe_model, stored_names
 __all__ = [
     "check_evaluated_model",
     "check_named",
+    "check_results",
     "check_training_arguments",
     "check_values",
     "passed_over",
@@ -50,6 +53,16 @@ _SHARES = (
     "model_ema_decay",
 )  # fmt: skip
 _PAIRS = ("scale", "ratio", "cutmix_minmax")
+# Arguments of a model that the script itself gives it, by its own options.
+_OWN_OPTIONS = {
+    "drop_rate": "drop",
+    "drop_path_rate": "drop_path",
+    "drop_block_rate": "drop_block",
+    "global_pool": "gp",
+    "checkpoint_path": "initial_checkpoint",
+    **{name: name for name in ("num_classes", "in_chans", "bn_momentum", "bn_eps", "pretrained")},
+}
+_RESULTS = ("csv", "json", "json-split", "parquet")
 # What each counts only beside.
 _BESIDE = {
     **dict.fromkeys(("amp_dtype", "amp_impl"), "amp"),
@@ -137,10 +150,15 @@ def check_values(options: Namespace, made: Iterable[str] = tuple(_MADE)) -> None
             refuse(name, "is 2 or more")
         if name == "tta" and value > 1:
             refuse(name, "averages images that lie side by side, as timm makes no copies of one: leave it out")
-        if name == "aug_repeats" and value and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        if name == "aug_repeats" and value and world_info_from_env()[2] < 2:
             refuse(name, "needs several processes, torchrun's")
         if name == "model_dtype" and value not in ("", "float32") and given.get("amp"):
             refuse(name, "is float32 beside --amp")
+    for name in given.get("model_kwargs") or ():
+        if (own := _OWN_OPTIONS.get(name, "")) in vars(options):
+            raise ValueError(f"--model-kwargs {name}: give --{own.replace('_', '-')} instead")
+    if given.get("sync_bn") and given.get("device") == "cpu" and world_info_from_env()[2] > 1:
+        raise ValueError("--sync-bn needs GPUs: leave it out, as --dist-bn averages the norms' statistics by itself")
     if _mixes(options) and options.batch_size % 2:
         refuse("batch_size", "is even where images are mixed")
     _check_splits(options)
@@ -181,6 +199,26 @@ def check_named(path: Path, options: Namespace, recipe: str = "") -> None:
     if recipe:
         raise ValueError(f"{recipe} names no model: add a line, model: NAME")
     raise ValueError(f"no --model is given, and {path.name} would take one of its own: give --model NAME")
+
+
+def check_results(options: Namespace) -> None:
+    """Raises ValueError for results that a script could not write, which it would find out after all its work."""
+    given = vars(options)
+    formats = given.get("results_format")
+    if isinstance(formats, list):  # inference.py's
+        if unknown := [name for name in formats if name not in _RESULTS]:
+            raise ValueError(f"--results-format is one of {', '.join(_RESULTS)}, got {unknown[0]}")
+        if {"json", "json-split"} <= set(formats):
+            raise ValueError("--results-format json and json-split would go to the same file: give one of them")
+        if "parquet" in formats and not any(map(importlib.util.find_spec, ("pyarrow", "fastparquet"))):
+            raise ValueError("--results-format parquet needs the package pyarrow: pip install pyarrow")
+    file, folder = given.get("results_file"), given.get("results_dir")
+    if not (file or folder):
+        return
+    parent = Path(folder or "", file or "results").parent
+    if parent != Path(folder or "") and not parent.is_dir():  # of its own the script makes --results-dir only
+        raise ValueError(f"--results-file {file}: there is no folder {parent}")
+    _check_folder(parent, "--results-dir" if folder else "--results-file")
 
 
 def passed_over(options: Namespace, defaults: Namespace) -> list[str]:
@@ -234,12 +272,16 @@ def _check_channels(options: Namespace, record: Record) -> None:
 
 
 def _check_output(options: Namespace) -> None:
-    folder = Path(options.output or "output/train").resolve()
-    there = nearest(folder)
+    _check_folder(Path(options.output or "output/train"), "--output")
+
+
+def _check_folder(folder: Path, option: str) -> None:
+    """Raises ValueError unless files can be written to a folder, which may have to be made."""
+    there = nearest(folder.resolve())
     if not there.is_dir():
-        raise ValueError(f"{there} is a file: give another --output")
+        raise ValueError(f"{there} is a file: give another {option}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{there} can't be written to: give another --output")
+        raise ValueError(f"{there} can't be written to: give another {option}")
 
 
 def _check_weights(options: Namespace, model: Model) -> None:

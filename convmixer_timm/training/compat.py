@@ -12,12 +12,22 @@ import torch
 from timm.data import auto_augment
 
 from ..checkpoints import read_checkpoint
+from ..errors import RunError, os_reason
 from ..files import atomic_path
 from ..kernels import switch
 from ..kernels.fast import SLOW_DTYPES
 from .history import as_csv, read_history
 
-__all__ = ["keep_best", "mend_cpu_ddp", "mend_mixup_off", "mend_muon", "mend_posterize", "mend_summary"]
+__all__ = [
+    "agree_on",
+    "keep_best",
+    "mend_cpu_ddp",
+    "mend_mixup_off",
+    "mend_muon",
+    "mend_posterize",
+    "mend_saver",
+    "mend_summary",
+]
 
 _posterize = auto_augment.posterize
 
@@ -98,8 +108,58 @@ def mend_mixup_off() -> None:
     def mixup_enabled(self, enabled):
         original.fset(self, enabled)
         self.loader._iterator = None  # torch keeps persistent workers there
+        if hasattr(self.loader, "iterator"):  # and timm's --use-multi-epochs-loader here
+            self.loader.iterator = None
 
     loader.mixup_enabled = original.setter(mixup_enabled)
+
+
+def agree_on(start: str) -> None:
+    """Has processes that train together end, each in one line, unless they start from the same.
+
+    Machines without a common disk may: one has a run to go on with, and the others begin anew.
+
+    Args:
+        start: What this one starts from.
+    """
+    from timm import utils
+
+    original = getattr(utils.init_distributed_device, "__wrapped__", utils.init_distributed_device)
+
+    @functools.wraps(original)
+    def init_distributed_device(args):
+        device = original(args)
+        if args.distributed:
+            starts = [""] * args.world_size
+            torch.distributed.all_gather_object(starts, start)
+            if other := next((rank for rank, theirs in enumerate(starts) if theirs != starts[0]), 0):
+                raise RunError(
+                    f"rank 0 starts from {starts[0]}, and rank {other} from {starts[other]}: bring the run's folder to "
+                    "every machine, or give another --experiment"
+                )
+        return device
+
+    utils.init_distributed_device = init_distributed_device
+
+
+def mend_saver() -> None:
+    """Leave no half of a checkpoint on a disk that it doesn't fit on, and say so in one line."""
+    from timm.utils import CheckpointSaver
+
+    original = CheckpointSaver._save
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def _save(self, save_path, *args, **kwargs):
+        try:
+            original(self, save_path, *args, **kwargs)
+        except (OSError, RuntimeError) as error:  # of torch's own writer, whose words are of positions in the file
+            Path(save_path).unlink(missing_ok=True)
+            reason = os_reason(error) if isinstance(error, OSError) else "it could not be written whole"
+            raise RunError(f"{save_path}: {reason}: free some space, and go on by the same command") from error
+
+    CheckpointSaver._save = _save  # type: ignore[method-assign]
 
 
 def mend_summary() -> None:

@@ -18,7 +18,7 @@ from ..errors import one_line
 from ..files import as_text
 from ..images import known_extensions, load_image
 
-__all__ = ["Data", "Split", "check_evaluation_data", "check_training_data", "compare_names", "left_out"]
+__all__ = ["Data", "Split", "check_evaluation_data", "check_training_data", "compare_names", "left_out", "names_repeat"]
 
 _SAMPLE = 100  # images a split that are read
 _STATS = 100_000  # files a split whose sizes are asked for: on a network's disk each costs a round trip
@@ -372,6 +372,18 @@ def check_root(args: Namespace) -> None:
         raise ValueError(f"no such folder: {args.data_dir}")
 
 
+def names_repeat(args: Namespace) -> bool:
+    """Whether images in different ones of a folder's folders have the same name.
+
+    Raises:
+        ValueError: If the folder can't be read.
+    """
+    if args.dataset:
+        return False
+    names = _open(args, args.split, args.data_dir).filenames(basename=True)
+    return len(set(names)) < len(names)
+
+
 def _name(args: Namespace) -> str:
     """The data set's name, or its folder's where it is one of the user's own."""
     _, _, rest = args.dataset.partition("/")
@@ -391,7 +403,7 @@ def _open(args: Namespace, split: str, where: str) -> Any:
             args.dataset,
             root=args.data_dir,
             split=split,
-            download=args.dataset_download,
+            download=getattr(args, "dataset_download", False),
             trust_remote_code=getattr(args, "dataset_trust_remote_code", False),
             num_samples=next((value for name in numbers if (value := getattr(args, name, None))), None),
             **{name: value for name in told if (value := getattr(args, name, None)) is not None},

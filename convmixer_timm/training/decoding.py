@@ -16,6 +16,7 @@ from PIL import Image
 from timm.data import ImageDataset, dataset_factory
 from timm.data.readers.img_extensions import add_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils.distributed import world_info_from_env
 
 from ..errors import RunError
 from ..images import ImageError, known_extensions, load_in_mode
@@ -44,7 +45,7 @@ class _Pixels:
             raise ValueError(f"images of mode {image.mode} are not kept")
         self._count, self._shape, self._size = count, pixels.shape, pixels.nbytes
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_info_from_env()[2]))
         if (size := count * (1 + self._size)) > min(_MOST, physical // 8) // processes:
             raise ValueError(f"{count} images of {self._size} bytes are too much to keep")
         # Of no file, so that neither the size of /dev/shm nor a full disk counts; pages come when they are written.

@@ -1,6 +1,5 @@
 """The recipes, and what the process that trains or validates is set to before timm's script runs."""
 
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -9,18 +8,20 @@ from typing import Any
 
 import timm
 import torch
+from timm.utils.distributed import world_info_from_env
 
 from ..checkpoints import read_checkpoint
 from .argument_check import (
     check_evaluated_model,
     check_named,
+    check_results,
     check_training_arguments,
     check_values,
     passed_over,
     scheduled_epochs,
 )
-from .compat import keep_best
-from .data_check import check_evaluation_data, check_root, check_training_data, left_out
+from .compat import agree_on, keep_best
+from .data_check import check_evaluation_data, check_root, check_training_data, left_out, names_repeat
 from .record import FILE, Record, reserve, stored_names, write_when_it_starts
 from .scripts import check_config, find_script, import_modules, read_config, run_script, script_flags, script_options
 
@@ -171,7 +172,7 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     check_values(options)
     for note in passed_over(options, script_options(path, []) or options):
         _say(note)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = world_info_from_env()[2]
     data = check_training_data(options, processes)
     if data.val_split != options.val_split:
         _say(f"{data.name} has no {options.val_split}: validating on {data.val_split}")
@@ -192,6 +193,7 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     if resumed and not resumed.is_file():
         raise ValueError(f"--resume {resumed}: no such file")
     run = _earlier_run(options, resumed, recipe)
+    start = 0
     if checkpoint := resumed or (run and run / LAST):
         going_on = _going_on(checkpoint, record, options)
         if going_on is None:
@@ -210,6 +212,7 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     _say(f"Data: {data}")
     for note in left_out(data) if _is_first() else ():
         _say(note)
+    agree_on(f"epoch {start}")
     write_when_it_starts(record)
     return args
 
@@ -333,10 +336,13 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
         check_values(options, ("device", "input_img_mode"))
     if options is None:
         return args
+    check_results(options)
     if "checkpoint" not in options:
         check_named(path, options)
         return args
     checkpoint = Path(options.checkpoint or "")
+    if options.checkpoint and not checkpoint.exists():
+        raise ValueError(f"--checkpoint {checkpoint}: no such file")
     if options.checkpoint and checkpoint.is_dir():  # which validate.py takes for many
         if path.stem != "validate" or not any(checkpoint.glob("*.pth*")):
             raise ValueError(f"--checkpoint {checkpoint} is a folder: give a file, a run's {LAST} say")
@@ -357,6 +363,9 @@ def prepare_evaluation(path: Path, args: list[str]) -> list[str]:
     check_evaluated_model(options)
     if path.stem == "inference":
         check_root(options)
+        if not options.fullname and names_repeat(options):
+            _say("Images in different folders have one name: writing each with its folder, as --fullname does")
+            args = [*args, "--fullname"]
     elif path.stem == "validate":
         classes = record.data.classes if record else _pretrained_classes(options)
         validated = record.data.val_split if record else ""
@@ -441,7 +450,7 @@ def told_by_record(record: Record, flags: set[str], dataset: str = "") -> list[s
 
 def _is_first() -> bool:
     """Whether this is the first of the processes that train together, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return world_info_from_env()[1] == 0
 
 
 def _say(text: str) -> None:

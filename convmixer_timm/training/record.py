@@ -18,6 +18,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import load_model_config_from_hf
 
+from ..convmixer import ConvMixer
 from ..errors import DISK, NETWORK, HubError, RunError, alike, hub_reason, one_line, os_reason
 from ..files import atomic_path
 from ..images import fit_channels
@@ -203,7 +204,7 @@ def describe_model(args: Namespace) -> Model:
     """The model that ``train.py`` makes of its arguments, without its weights.
 
     Raises:
-        ValueError: If there is no such model or it doesn't take the arguments.
+        ValueError: If there is no such model or it doesn't take the arguments, or images are smaller than its patches.
         HubError: If its description is on the Hub and can't be had.
     """
     given = vars(args)
@@ -233,6 +234,12 @@ def describe_model(args: Namespace) -> Model:
     except AssertionError as error:
         numbers = f"{given.get('mean')} and {given.get('std')}"
         raise ValueError(f"--mean and --std take a number, or one for each channel: got {numbers}") from error
+    if isinstance(model, ConvMixer):
+        stem: Any = model.stem
+        patch = stem[0].kernel_size[0]
+        for side in (*preprocessing["input_size"][1:], *(given.get("train_img_sizes") or ())):
+            if side < patch:
+                raise ValueError(f"images of {side} pixels are smaller than a patch of {args.model}, {patch}")
     return Model(
         architecture=model.pretrained_cfg["architecture"],
         args={**stored, **pooling, **norm, **{k: v for k, v in kwargs.items() if k not in _LOADING}},

@@ -3,14 +3,18 @@
 They live at the top of timm's repository and are not in its wheel.
 """
 
+import contextlib
 import importlib
 import os
 import runpy
+import signal
 import sys
+import threading
 import urllib.error
 import urllib.request
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from timm.utils import ParseKwargs
 
 from ..errors import alike, local_cause, local_reason, one_line
 from ..files import atomic_path, cache_dir
-from .compat import mend_cpu_ddp, mend_mixup_off, mend_summary
+from .compat import mend_cpu_ddp, mend_mixup_off, mend_saver, mend_summary
 from .decoding import use_one_reader
 
 __all__ = [
@@ -91,13 +95,14 @@ def script_options(path: Path, args: list[str]) -> Namespace | None:
 
     Raises:
         ImportError: If one of ``--device-modules`` can't be imported.
+        ValueError: If what takes NAME=VALUE has none.
     """
     if "argparse" not in path.read_text(encoding="utf-8"):
         return None
     module = _module(path)
     argv, sys.argv = sys.argv, [str(path), *args]
     try:
-        parser = module.get("parser")
+        parser: Any = module.get("parser")
         if parser and "--model" in parser._option_string_actions:
             parser.set_defaults(model=None)
         if "_parse_args" in module:
@@ -106,6 +111,9 @@ def script_options(path: Path, args: list[str]) -> Namespace | None:
             options = parser.parse_args()
         else:
             return None
+    except ValueError as error:  # of timm's own splitting, as argparse's end the process
+        names = [action.option_strings[0] for action in parser._actions if isinstance(action, ParseKwargs)]
+        raise ValueError(f"{', '.join(names)} take NAME=VALUE: {one_line(error)}") from error
     finally:
         sys.argv = argv
     import_modules(getattr(options, "device_modules", None))
@@ -207,11 +215,35 @@ def run_script(path: Path, args: list[str]) -> None:
     """Runs a script in this process as ``python path args…`` would, but without its folder on ``sys.path``.
 
     So a clone's own ``timm/`` doesn't take the place of the installed timm. What the script raises passes through,
-    `SystemExit` and `KeyboardInterrupt` too.
+    `SystemExit` and `KeyboardInterrupt` too: also of ``train.py``, which ends after Ctrl-C as if it were done.
     """
     mend_cpu_ddp()
     mend_mixup_off()
+    mend_saver()
     mend_summary()
     use_one_reader(training=path.stem == "train")
     sys.argv = [str(path), *args]
-    runpy.run_path(str(path), run_name="__main__")
+    with _interruption() as interrupted:
+        runpy.run_path(str(path), run_name="__main__")
+        if interrupted:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """A list that the signal of Ctrl-C is noted in, beside the `KeyboardInterrupt` that Python makes of it."""
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -10,6 +10,7 @@ import yaml
 from convmixer_timm.convmixer import CIFAR10_LABELS, WEIGHTS_DIR
 from convmixer_timm.training.argument_check import (
     check_evaluated_model,
+    check_results,
     check_training_arguments,
     check_values,
     passed_over,
@@ -67,6 +68,8 @@ def check(classes=("ant", "bee"), **given):
         ({"jsd_loss": True}, "--jsd-loss compares what --aug-splits makes of an image: give --aug-splits 3"),
         ({"split_bn": True}, "--split-bn has a norm for each of --aug-splits: give --aug-splits 2, or more"),
         ({"aug_repeats": 3}, "--aug-repeats needs several processes, torchrun's, got 3"),
+        ({"model_kwargs": {"drop_path_rate": 0.1}}, "--model-kwargs drop_path_rate: give --drop-path instead"),
+        ({"model_kwargs": {"num_classes": 5}}, "--model-kwargs num_classes: give --num-classes instead"),
         ({"tta": 4}, "--tta averages images that lie side by side, as timm makes no copies of one: leave it out"),
     ],
 )
@@ -75,6 +78,42 @@ def test_values(given, message):
     with pytest.raises(ValueError) as error:
         check_values(options_of(**given))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("processes", ["WORLD_SIZE", "SLURM_NTASKS"])
+def test_norms_over_processes_are_for_gpus(monkeypatch, processes):
+    check_values(options_of(sync_bn=True))
+    monkeypatch.setenv(processes, "2")
+    check_values(options_of())
+    with pytest.raises(ValueError, match="--sync-bn needs GPUs"):
+        check_values(options_of(sync_bn=True))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"results_format": ["csv", "xml"]}, "--results-format is one of csv, json, json-split, parquet, got xml"),
+        ({"results_format": ["json", "json-split"]}, "would go to the same file"),
+        ({"results_file": "none/a.csv"}, "--results-file none/a.csv: there is no folder none"),
+        ({"results_dir": "new", "results_file": "deeper/a.csv"}, "there is no folder new/deeper"),
+        ({"results_dir": "file/new"}, "file is a file: give another --results-dir"),
+        ({"results_file": "file/a.csv"}, "there is no folder file"),
+    ],
+)
+def test_results_that_could_not_be_written(given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError) as error:
+        check_results(Namespace(**given))
+    assert message in str(error.value)
+
+
+def test_results_that_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_results(Namespace())
+    check_results(Namespace(results_file="", results_format="csv"))  # validate.py's
+    check_results(Namespace(results_file="a.csv", results_dir=None, results_format=["csv", "json"]))
+    check_results(Namespace(results_file="a.csv", results_dir="new/folder", results_format=["csv"]))
 
 
 def test_arguments_that_train_py_passes_over():
@@ -138,6 +177,13 @@ def files(tmp_path):
 def test_files_to_start_from_that_do_not_fit(option, name, message, files):
     with pytest.raises((ValueError, OSError), match=message):
         check(pretrained=True, **{option: str(files / f"{name}.pth")})
+
+
+def test_images_smaller_than_a_patch():
+    check(model_kwargs={"patch_size": 4}, train_img_sizes=[16, 4])
+    for given in ({"model_kwargs": {"patch_size": 64}}, {"train_img_sizes": [32, 1]}):
+        with pytest.raises(ValueError, match=r"images of \d+ pixels are smaller than a patch of convmixer_128_4"):
+            check(**given)
 
 
 def test_channels():

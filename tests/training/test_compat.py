@@ -3,15 +3,20 @@
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.optim import muon
+from timm.utils import CheckpointSaver
 
 import convmixer_timm
+from convmixer_timm.errors import RunError
 from convmixer_timm.training import compat
+
+from ..conftest import torchrun
 
 
 def test_randaugment_at_full_strength(cifar_images):
@@ -40,6 +45,7 @@ from convmixer_timm.training.compat import mend_mixup_off
 mend_mixup_off()
 loader = create_loader(
     create_dataset("", root=sys.argv[1]),
+    use_multi_epochs_loader=bool(sys.argv[2]),
     input_size=(3, 32, 32),
     batch_size=10,
     is_training=True,
@@ -54,14 +60,60 @@ for enabled in (True, False, False):
 """
 
 
-def test_mixup_that_is_switched_off_stays_off_in_the_workers(cifar_images):
+@pytest.mark.parametrize("multi_epochs", ["", "yes"])
+def test_mixup_that_is_switched_off_stays_off_in_the_workers(cifar_images, multi_epochs):
     # In a process of its own: a loader with workers here made a later test crash, after the inference engines' tests.
-    command = [sys.executable, "-c", MIXED, str(cifar_images[0][0].parent.parent)]
+    command = [sys.executable, "-c", MIXED, str(cifar_images[0][0].parent.parent), multi_epochs]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == [
         "True",
         "False",
         "False",
     ]
+
+
+def test_a_checkpoint_that_the_disk_does_not_hold_leaves_no_half(monkeypatch, tmp_path):
+    saver = CheckpointSaver(torch.nn.Linear(200, 200), torch.optim.SGD([torch.zeros(1)]), checkpoint_dir=tmp_path)
+    monkeypatch.setattr(CheckpointSaver, "_save", CheckpointSaver._save)
+    compat.mend_saver()
+    saver.save_checkpoint(0)
+    whole = (tmp_path / "last.pth.tar").read_bytes()
+    original = torch.save
+
+    def save(state, path):  # as on a disk that fills up while it is written
+        original(state, path)
+        Path(path).write_bytes(Path(path).read_bytes()[:1000])
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 571776 vs 571668")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RunError, match=r"tmp\.pth\.tar: it could not be written whole: free some space, and go on"):
+        saver.save_checkpoint(1)
+    assert not (tmp_path / "tmp.pth.tar").exists() and (tmp_path / "last.pth.tar").read_bytes() == whole
+
+
+STARTS = """
+import os, sys
+from argparse import Namespace
+from timm import utils
+from convmixer_timm.errors import RunError
+from convmixer_timm.training.compat import agree_on
+
+agree_on("epoch 7")  # of an earlier launch
+agree_on(f"epoch {sys.argv[1 + int(os.environ['RANK'])]}")
+try:
+    utils.init_distributed_device(Namespace(device="cpu"))
+    print("agreed")
+except RunError as error:
+    print(error)
+"""
+
+
+def test_processes_that_start_from_different_epochs_end(tmp_path):
+    (tmp_path / "starts.py").write_text(STARTS)
+    for epochs, said in ((["3", "3"], "agreed"), (["3", "0"], "rank 0 starts from epoch 3, and rank 1 from epoch 0: ")):
+        out = subprocess.run(
+            [*torchrun(2), str(tmp_path / "starts.py"), *epochs], capture_output=True, text=True, check=True
+        ).stdout
+        assert out.count(said) == 2, out
 
 
 def test_muon_computes_in_fp32_where_the_processor_has_no_bf16(monkeypatch):

@@ -182,6 +182,34 @@ def test_what_is_evaluated_without_a_checkpoint_is_pretrained(timm_scripts, tmp_
     assert "its accuracy would be that of wrong names" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", ["validate", "inference", "clean_checkpoint"])
+def test_a_checkpoint_that_is_not_there_is_named(script, timm_scripts, data, capsys):
+    pytest.importorskip("pandas")
+    args = [] if script == "clean_checkpoint" else ["--data-dir", str(data)]
+    assert main(["run", "--timm-scripts", str(timm_scripts), script, "--checkpoint", "none.pth", *args]) == 1
+    assert "--checkpoint none.pth: no such file" in capsys.readouterr().err
+
+
+def test_predictions_on_images_of_one_name_tell_their_folders(timm_scripts, tmp_path):
+    pytest.importorskip("pandas")
+    for name in ("ant", "bee"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        shutil.copy(next(IMAGES.glob("*/*.png")), tmp_path / "data" / name / "0.png")
+    command = [sys.executable, "-m", "convmixer_timm", "run", "inference", "--model", "convmixer_128_4.e25_cifar10"]
+    command += ["--pretrained", "--data-dir", str(tmp_path / "data"), "--results-file", str(tmp_path / "found.csv")]
+    told = run([*command, "--device", "cpu", "-j", "1"], TIMM_SCRIPTS=str(timm_scripts)).stderr
+    assert "writing each with its folder" in told
+    with (tmp_path / "found.csv").open() as file:
+        assert {row["filename"] for row in csv.DictReader(file)} == {"ant/0.png", "bee/0.png"}
+
+
+@pytest.mark.parametrize("option", ["--model-kwargs", "--opt-kwargs"])
+def test_what_takes_name_and_value_says_so(option, timm_scripts, data, capsys):
+    args = ["train", "--model", "convmixer_128_4", "--data-dir", str(data), option, "foo"]
+    assert main(["run", "--timm-scripts", str(timm_scripts), *args]) == 1
+    assert f"{option}" in (err := capsys.readouterr().err) and "take NAME=VALUE" in err
+
+
 def test_a_folder_that_inference_does_not_find_is_named(timm_scripts, tmp_path, capsys):
     pytest.importorskip("pandas")  # which that script writes its results by
     command = ["run", "--timm-scripts", str(timm_scripts), "inference", "--model", "convmixer_128_4"]

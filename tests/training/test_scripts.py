@@ -118,6 +118,19 @@ def test_exit_code_and_interrupt_pass_through(tmp_path):
     assert time.monotonic() - start < 20
 
 
+def test_a_script_that_ends_quietly_after_an_interrupt_is_not_done(tmp_path):
+    """``train.py`` does, and what comes after it (`train && publish`) would take the run for finished."""
+    (tmp_path / "train.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    print('best metric')\n"
+    )
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "import sys; from convmixer_timm.cli import main; raise SystemExit(main(['run', *sys.argv[1:]]))"
+    command = [sys.executable, "-c", code, "--timm-scripts", str(tmp_path), "train"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (130, "best metric\n"), result.stderr
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """An HTTP server on loopback in the place of GitHub; gives its folder and the list of paths asked for."""
