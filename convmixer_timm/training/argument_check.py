@@ -213,12 +213,12 @@ def check_results(options: Namespace) -> None:
         if "parquet" in formats and not any(map(importlib.util.find_spec, ("pyarrow", "fastparquet"))):
             raise ValueError("--results-format parquet needs the package pyarrow: pip install pyarrow")
     file, folder = given.get("results_file"), given.get("results_dir")
-    if not (file or folder):
+    if not (file or folder or isinstance(formats, list)):
         return
     parent = Path(folder or "", file or "results").parent
     if parent != Path(folder or "") and not parent.is_dir():  # of its own the script makes --results-dir only
         raise ValueError(f"--results-file {file}: there is no folder {parent}")
-    _check_folder(parent, "--results-dir" if folder else "--results-file")
+    _check_folder(parent, "--results-file" if file and not folder else "--results-dir")
 
 
 def passed_over(options: Namespace, defaults: Namespace) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from timm.data import auto_augment
 
 from ..checkpoints import read_checkpoint
-from ..errors import RunError, os_reason
+from ..errors import DISK, RunError
 from ..files import atomic_path
 from ..kernels import switch
 from ..kernels.fast import SLOW_DTYPES
@@ -154,10 +154,13 @@ def mend_saver() -> None:
     def _save(self, save_path, *args, **kwargs):
         try:
             original(self, save_path, *args, **kwargs)
-        except (OSError, RuntimeError) as error:  # of torch's own writer, whose words are of positions in the file
+        except (OSError, RuntimeError) as error:
+            # In the words of torch's own writer, positions in the file don't agree.
+            full = error.errno in DISK if isinstance(error, OSError) else "inline_container" in str(error)
+            if not full:
+                raise
             Path(save_path).unlink(missing_ok=True)
-            reason = os_reason(error) if isinstance(error, OSError) else "it could not be written whole"
-            raise RunError(f"{save_path}: {reason}: free some space, and go on by the same command") from error
+            raise RunError(f"{save_path}: the disk is full: free some space, and go on by the same command") from error
 
     CheckpointSaver._save = _save  # type: ignore[method-assign]
 

@@ -111,9 +111,11 @@ def script_options(path: Path, args: list[str]) -> Namespace | None:
             options = parser.parse_args()
         else:
             return None
-    except ValueError as error:  # of timm's own splitting, as argparse's end the process
+    except ValueError as error:
+        if "values to unpack" not in str(error):  # of timm's own splitting at the '='
+            raise
         names = [action.option_strings[0] for action in parser._actions if isinstance(action, ParseKwargs)]
-        raise ValueError(f"{', '.join(names)} take NAME=VALUE: {one_line(error)}") from error
+        raise ValueError(f"{' and '.join(names)} take NAME=VALUE") from error
     finally:
         sys.argv = argv
     import_modules(getattr(options, "device_modules", None))

@@ -85,7 +85,7 @@ def test_a_checkpoint_that_the_disk_does_not_hold_leaves_no_half(monkeypatch, tm
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 571776 vs 571668")
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(RunError, match=r"tmp\.pth\.tar: it could not be written whole: free some space, and go on"):
+    with pytest.raises(RunError, match=r"tmp\.pth\.tar: the disk is full: free some space, and go on"):
         saver.save_checkpoint(1)
     assert not (tmp_path / "tmp.pth.tar").exists() and (tmp_path / "last.pth.tar").read_bytes() == whole
 

@@ -207,7 +207,7 @@ def test_predictions_on_images_of_one_name_tell_their_folders(timm_scripts, tmp_
 def test_what_takes_name_and_value_says_so(option, timm_scripts, data, capsys):
     args = ["train", "--model", "convmixer_128_4", "--data-dir", str(data), option, "foo"]
     assert main(["run", "--timm-scripts", str(timm_scripts), *args]) == 1
-    assert f"{option}" in (err := capsys.readouterr().err) and "take NAME=VALUE" in err
+    assert option in (err := capsys.readouterr().err) and "take NAME=VALUE" in err
 
 
 def test_a_folder_that_inference_does_not_find_is_named(timm_scripts, tmp_path, capsys):
