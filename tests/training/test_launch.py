@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from convmixer_timm.cli import main
+from convmixer_timm.training import launch
 from convmixer_timm.training.launch import RECIPES, prepare_evaluation, recipes, train_arguments
 from convmixer_timm.training.scripts import check_config
 
@@ -92,6 +93,14 @@ def test_two_processes_train_a_recipe(timm_scripts, data, tmp_path):
     command = [*torchrun(2), "-m", "convmixer_timm", "train", "cifar10_e25", "--data-dir", str(data), *SMALL]
     run([*command, "--epochs", "1", "--output", str(tmp_path)], TIMM_SCRIPTS=str(timm_scripts))
     assert [row["epoch"] for row in summary(tmp_path / "cifar10_e25")] == ["0"]
+
+
+@pytest.mark.parametrize("rank", ["RANK", "SLURM_PROCID"])
+def test_only_the_first_of_several_processes_speaks(rank, monkeypatch, capsys):
+    for number, said in (("0", "resuming\n"), ("1", "")):
+        monkeypatch.setenv(rank, number)
+        launch._say("resuming")
+        assert capsys.readouterr().err == said
 
 
 def test_arguments(tmp_path, monkeypatch):
