@@ -45,7 +45,7 @@ _CITATION = """```bibtex
 _AGAIN = """`args.yaml` has every setting, `summary.csv` the history. To train it again:
 
 ```
-convmixer-timm run train --config args.yaml --data-dir DATA
+{launcher} run train --config args.yaml --data-dir DATA
 ```"""
 
 
@@ -74,6 +74,7 @@ class Training:
         base_model: Those as the Hub names a model; empty for ones that aren't there.
         resumed: What else was trained before, where the arguments don't tell, or nothing.
         again: How to repeat it, where ``args.yaml`` alone doesn't: a run that was resumed with other settings.
+        processes: How many trained together, each on a batch of its own.
     """
 
     args: dict[str, Any]
@@ -86,7 +87,8 @@ class Training:
     teacher: str = ""
     base_model: str = ""
     resumed: str = ""
-    again: str = _AGAIN
+    again: str = ""
+    processes: int = 1
 
 
 def make_card(
@@ -130,11 +132,13 @@ def make_card(
         parts.append("No accuracy was measured with these weights.")
     parts.append(_use(load_name))
     if training:
+        together = f"torchrun --nproc-per-node={training.processes} -m convmixer_timm"
+        again = _AGAIN.format(launcher=together if training.processes > 1 else "convmixer-timm")
         parts.append(
             f"""## Training
 
 One run with seed {training.args.get("seed")}{training.cost}. The weights are {training.weights}.
-{training.resumed or training.again}"""
+{training.resumed or training.again or again}"""
         )
     parts += [f"![{shown}]({file})" for file, shown in (pictures or {}).items()]
     parts.append(f"## Citation\n\n{_CITATION}")

@@ -244,6 +244,7 @@ def read_run(
         teacher=_without_folders(args.get("kd_model_name") or ""),
         base_model=_hub_model(args),
         resumed=_resumed(record),
+        processes=record.processes if record else 1,
     )
     evaluation = None
     if row.get("eval_top1"):

@@ -100,6 +100,17 @@ def test_a_card_says_how_to_repeat_a_run_that_was_resumed_with_other_settings(ru
     assert "--config args.yaml" not in card
 
 
+def test_a_card_starts_as_many_processes_as_trained_together(tmp_path):
+    """Each has a batch of its own, so that one alone would train by smaller ones."""
+    run = make_run(tmp_path / "run", classes=[*"abcdefghij"], num_classes=10)
+    for processes, command in ((1, "convmixer-timm"), (4, "torchrun --nproc-per-node=4 -m convmixer_timm")):
+        record = Record.read(run)
+        replace(record, processes=processes).write(run)
+        pack_run(run, tmp_path / str(processes))
+        card = (tmp_path / str(processes) / "README.md").read_text()
+        assert f"\n{command} run train --config args.yaml --data-dir DATA\n" in card
+
+
 def test_averaged_weights_and_the_best_epoch(run, tmp_path):
     last = torch.load(run / "last.pth.tar", weights_only=False)
     averaged = {k: v + 1 if v.is_floating_point() else v for k, v in last["state_dict"].items()}
