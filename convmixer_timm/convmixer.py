@@ -391,9 +391,12 @@ default_cfgs = generate_default_cfgs(
         "convmixer_1024_20_ks9_p14.in1k": _cfg(hf_hub_id="timm/"),
         "convmixer_256_8.e100_cifar10": _cifar10_cfg(**_bundled("convmixer_256_8.e100_cifar10")),
         "convmixer_256_8.e25_cifar10": _cifar10_cfg(**_bundled("convmixer_256_8.e25_cifar10")),
-        # Classifies the middle 28 of the 32 pixels.
+        # These two classify the middle 28 of the 32 pixels.
         "convmixer_256_8.e45_cifar100": _cifar10_cfg(
             num_classes=100, input_size=(3, 28, 28), crop_pct=0.875, **_bundled("convmixer_256_8.e45_cifar100")
+        ),
+        "convmixer_256_8.e45_dist_cifar100": _cifar10_cfg(
+            num_classes=100, input_size=(3, 28, 28), crop_pct=0.875, **_bundled("convmixer_256_8.e45_dist_cifar100")
         ),
         "convmixer_256_8_ks7_p2": _cifar10_cfg(),
         "convmixer_256_8_ks7_p4.e10_tiny_imagenet": _cfg(
