@@ -108,8 +108,8 @@ def mend_mixup_off() -> None:
     def mixup_enabled(self, enabled):
         original.fset(self, enabled)
         self.loader._iterator = None  # torch keeps persistent workers there
-        if hasattr(self.loader, "iterator"):  # and timm's --use-multi-epochs-loader here
-            self.loader.iterator = None
+        if getattr(self.loader, "iterator", None) is not None:  # and timm's --use-multi-epochs-loader what they give
+            self.loader.iterator = torch.utils.data.DataLoader.__iter__(self.loader)
 
     loader.mixup_enabled = original.setter(mixup_enabled)
 
