@@ -9,8 +9,10 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from .errors import DISK, RunError, one_line, os_reason, printable
 from .version import version
@@ -147,7 +149,8 @@ def _run(args: argparse.Namespace) -> int:
     run = launch(args.script, args.args, args.timm_scripts, args.recipe)
     if run:
         args.started = True  # from here on errors are the script's own
-        run()
+        with _interruption_told():
+            run()
         args.started = False
     return 0
 
@@ -252,7 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds")
     args.started = False
     try:
-        with contextlib.nullcontext() if args.run is _run else _terminable():
+        # SIGTERM, a time limit's say, ends a command as Ctrl-C does, so that nothing half-written stays.
+        with contextlib.nullcontext() if args.run is _run else _handling(signal.SIGTERM, _end):
             code: int = args.run(args)
         _flush()
         return code
@@ -281,16 +285,36 @@ def _flush() -> None:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Has SIGTERM, a time limit's say, end a command as Ctrl-C does, so that nothing half-written stays."""
+def _handling(number: int, handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Has a signal handled by `handler` meanwhile."""
     if threading.current_thread() is not threading.main_thread():  # which alone may ask for signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def _interruption_told() -> Iterator[None]:
+    """Raises KeyboardInterrupt after Ctrl-C also where a script ends quietly then, as ``train.py`` does."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    ignored = signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # under nohup, say
+    with contextlib.nullcontext() if ignored else _handling(signal.SIGINT, note):
+        yield
+    if noted:
+        raise KeyboardInterrupt
 
 
 def _fail(error: Exception) -> int:

@@ -183,10 +183,10 @@ def _is_little(x: Tensor) -> bool:
 
     Asked first, as all the other questions take time that shows where a single image goes through a small model.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_slow(_precision(x)):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.numel() >= _LARGE:
         return False
     recorded = torch.is_grad_enabled() and x.numel() < _WORTH_RECORDING
-    return recorded or (x.numel() < _LARGE and not build.available(build=False))
+    return (recorded or not build.available(build=False)) and not _is_slow(_precision(x))
 
 
 def _plain(t: Tensor) -> bool:

@@ -250,7 +250,7 @@ def check_training_arguments(options: Namespace, record: Record) -> str:
             teacher's don't fit.
     """
     _check_channels(options, record)
-    _check_output(options)
+    _check_folder(Path(options.output or "output/train"), "--output")
     _check_weights(options, record.model)
     return _check_teacher(options, record.data) if getattr(options, "kd_model_name", None) else ""
 
@@ -269,10 +269,6 @@ def _check_channels(options: Namespace, record: Record) -> None:
             raise ValueError(f"--input-img-mode {mode} has {has} channels and the model takes {wanted}")
     if getattr(options, "aa", None) and wanted not in (1, 3):
         raise ValueError(f"--aa {options.aa} is for images of 1 or 3 channels, and the model takes {wanted}")
-
-
-def _check_output(options: Namespace) -> None:
-    _check_folder(Path(options.output or "output/train"), "--output")
 
 
 def _check_folder(folder: Path, option: str) -> None:

@@ -237,9 +237,9 @@ def describe_model(args: Namespace) -> Model:
     if isinstance(model, ConvMixer):
         stem: Any = model.stem
         patch = stem[0].kernel_size[0]
-        for side in (*preprocessing["input_size"][1:], *(given.get("train_img_sizes") or ())):
-            if side < patch:
-                raise ValueError(f"images of {side} pixels are smaller than a patch of {args.model}, {patch}")
+        side = min(*preprocessing["input_size"][1:], *(given.get("train_img_sizes") or ()))
+        if side < patch:
+            raise ValueError(f"images of {side} pixels are smaller than a patch of {args.model}, {patch}")
     return Model(
         architecture=model.pretrained_cfg["architecture"],
         args={**stored, **pooling, **norm, **{k: v for k, v in kwargs.items() if k not in _LOADING}},

@@ -3,18 +3,14 @@
 They live at the top of timm's repository and are not in its wheel.
 """
 
-import contextlib
 import importlib
 import os
 import runpy
-import signal
 import sys
-import threading
 import urllib.error
 import urllib.request
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +213,7 @@ def run_script(path: Path, args: list[str]) -> None:
     """Runs a script in this process as ``python path args…`` would, but without its folder on ``sys.path``.
 
     So a clone's own ``timm/`` doesn't take the place of the installed timm. What the script raises passes through,
-    `SystemExit` and `KeyboardInterrupt` too: also of ``train.py``, which ends after Ctrl-C as if it were done.
+    `SystemExit` and `KeyboardInterrupt` too.
     """
     mend_cpu_ddp()
     mend_mixup_off()
@@ -225,27 +221,4 @@ def run_script(path: Path, args: list[str]) -> None:
     mend_summary()
     use_one_reader(training=path.stem == "train")
     sys.argv = [str(path), *args]
-    with _interruption() as interrupted:
-        runpy.run_path(str(path), run_name="__main__")
-        if interrupted:
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[list[int]]:
-    """A list that the signal of Ctrl-C is noted in, beside the `KeyboardInterrupt` that Python makes of it."""
-    noted: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-
-    def note(number: int, frame: Any) -> None:
-        noted.append(number)
-        signal.default_int_handler(number, frame)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
+    runpy.run_path(str(path), run_name="__main__")
