@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from ..files import as_text
 from ..images import data_config
 from ..inference.labels import check_labels
 from ..inference.loading import check_preprocessing, load_folder, split_name
-from ..training.history import as_csv, read_history
+from ..training.history import as_csv, figure, read_history
 from ..training.record import FILE, Model, Record, describe_model
 from .cards import Evaluation, Training
 
@@ -223,17 +224,29 @@ def read_run(
         labels = record.data.classes if record else _classes_of_data_set(args["dataset"])
     rows = read_history(run / "summary.csv")
     if not rows:
-        raise ValueError(f"{run / 'summary.csv'} has no finished epoch")
+        raise ValueError(f"{run / 'summary.csv'} has no finished epoch: a line whose column 'epoch' is a whole number")
+    own = next((row for row in rows if int(row["epoch"]) == epoch), None)
+    if epoch is not None and own is None:
+        missing = f"{run / 'summary.csv'} has no whole line of epoch {epoch}, that of {checkpoint}"
+        print(f"{missing}: the card tells no accuracy", file=sys.stderr)
     measured = averaged == measures_average
-    row = next((row for row in rows if int(row["epoch"]) == epoch and measured), {})
-    epochs = 1 + int(rows[-1]["epoch"])
+    row = own if own and measured else {}
+    epochs = 1 + max(int(rows[-1]["epoch"]), epoch or 0)
     if epoch is None:
         weights = f"those of {checkpoint}, which tells no epoch"
     else:
         weights = f"those of epoch {epoch + 1} of {epochs}" + ", averaged (EMA)" * averaged
     chosen = checkpoint.startswith("model_best")
     alike = [other for other in rows if not (newest and record) or newest.at(int(other["epoch"])).alike(record)]
-    best = chosen and _is_best(row, alike, args)
+    try:
+        for other in rows:  # all of which the curve shows
+            for name in other:
+                if str(name).startswith(("train_", "eval_")):
+                    figure(other, name)
+        best = chosen and _is_best(row, alike, args)
+        top1, top5 = figure(row, "eval_top1"), figure(row, "eval_top5")
+    except ValueError as error:
+        raise ValueError(f"{run / 'summary.csv'}: {error}") from error
     training = Training(
         args=args,
         epochs=epochs,
@@ -247,10 +260,10 @@ def read_run(
         processes=record.processes if record else 1,
     )
     evaluation = None
-    if row.get("eval_top1"):
+    if top1 is not None:
         evaluation = Evaluation(
-            top1=float(row["eval_top1"]),
-            top5=float(row["eval_top5"]) if model.num_classes > 5 and row.get("eval_top5") else None,
+            top1=top1,
+            top5=top5 if model.num_classes > 5 else None,
             data=_data(record, args, "validation") + " (which chose the epoch)" * chosen,
         )
     return Source(
@@ -341,9 +354,9 @@ def _without_folders(model: str) -> str:
 def _is_best(row: dict[str, str], rows: list[dict[str, str]], args: dict[str, Any]) -> bool:
     """Whether an epoch's row has the best figure of all."""
     metric = f"eval_{args.get('eval_metric') or 'top1'}"
-    figures = [float(other[metric]) for other in rows if other.get(metric)]
+    own, figures = figure(row, metric), [value for other in rows if (value := figure(other, metric)) is not None]
     best = min if metric == "eval_loss" else max
-    return bool(figures and row.get(metric)) and float(row[metric]) == best(figures)
+    return own is not None and bool(figures) and own == best(figures)
 
 
 def _portable(args: dict[str, Any]) -> dict[str, Any]:

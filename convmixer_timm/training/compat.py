@@ -142,6 +142,10 @@ def agree_on(start: str) -> None:
     utils.init_distributed_device = init_distributed_device
 
 
+def _no_room(file: str | Path) -> RunError:
+    return RunError(f"{file}: the disk is full: free some space, and go on by the same command")
+
+
 def mend_saver() -> None:
     """Leave no half of a checkpoint on a disk that it doesn't fit on, and say so in one line."""
     from timm.utils import CheckpointSaver
@@ -160,7 +164,7 @@ def mend_saver() -> None:
             if not full:
                 raise
             Path(save_path).unlink(missing_ok=True)
-            raise RunError(f"{save_path}: the disk is full: free some space, and go on by the same command") from error
+            raise _no_room(save_path) from error
 
     CheckpointSaver._save = _save  # type: ignore[method-assign]
 
@@ -182,12 +186,17 @@ def mend_summary() -> None:
     def update_summary(epoch, train_metrics, eval_metrics, filename, *args, **kwargs):
         path = Path(filename)
         rows = [row for row in read_history(path) if int(row["epoch"]) < epoch]
-        with atomic_path(path) as temporary:
-            kwargs["write_header"] = True
-            original(epoch, train_metrics, eval_metrics, str(temporary), *args, **kwargs)
-            if rows:
-                table = as_csv([*rows, *read_history(temporary)])
-                temporary.write_text(table, encoding="utf-8", newline="")
+        kwargs["write_header"] = True
+        try:
+            with atomic_path(path) as temporary:
+                original(epoch, train_metrics, eval_metrics, str(temporary), *args, **kwargs)
+                if rows:
+                    table = as_csv([*rows, *read_history(temporary)])
+                    temporary.write_text(table, encoding="utf-8", newline="")
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            raise _no_room(path) from error
 
     utils.update_summary = update_summary
 

@@ -241,6 +241,30 @@ def test_a_history_with_undecodable_bytes(tmp_path):
     assert read_run(run).evaluation is not None
 
 
+def test_a_history_that_was_cut_or_edited(tmp_path, capsys):
+    """What a full disk or a spreadsheet leaves is never told as a figure."""
+    run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2)  # its checkpoint is of epoch 9
+    history = run / "summary.csv"
+    lines = history.read_text().splitlines(keepends=True)
+
+    history.write_text("".join(lines[:11])[:-9])  # within the accuracy of epoch 9
+    source = read_run(run)
+    assert (source.evaluation, source.training.epochs) == (None, 10)
+    assert "has no whole line of epoch 9, that of last.pth.tar: the card tells no accuracy" in capsys.readouterr().err
+
+    history.write_text("".join(lines), encoding="utf-8-sig")
+    assert read_run(run).evaluation.top1 == 69.25 and not capsys.readouterr().err
+
+    for there, said in (("nan", None), ("abc", "epoch 9 has the eval_top1 'abc', which is no number")):
+        history.write_text("".join(lines).replace("69.25", there))
+        if said:
+            assert said in fails(run, capsys=capsys)
+        else:
+            assert read_run(run).evaluation is None
+    history.write_text("".join(lines).replace(",", ";"))
+    assert "summary.csv has no finished epoch: a line whose column 'epoch'" in fails(run, capsys=capsys)
+
+
 def test_a_run_that_went_on_with_other_settings(tmp_path):
     """Each epoch is published as what it was trained on."""
     run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2)

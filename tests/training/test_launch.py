@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from convmixer_timm.cli import main
+from convmixer_timm.errors import RunError
 from convmixer_timm.training import launch
 from convmixer_timm.training.launch import RECIPES, prepare_evaluation, recipes, train_arguments
 from convmixer_timm.training.scripts import check_config
@@ -245,9 +246,7 @@ def test_a_resumed_summary_stays_one_table(tmp_path):
     path = tmp_path / "summary.csv"
     for epoch in (0, 1, 1, 2):  # older train.py asks for a header whenever it starts
         utils.update_summary(epoch, {"loss": epoch}, {"top1": 50.0}, filename=str(path), lr=0.1, write_header=True)
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert [row["epoch"] for row in summary(tmp_path)] == ["0", "1", "2"]
 
 
 def test_a_summary_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -264,7 +263,7 @@ def test_a_summary_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         path.write_text(before)
         monkeypatch.setattr(utils, "update_summary", full)
         mend_summary()
-        with pytest.raises(OSError):
+        with pytest.raises(RunError, match=r"summary\.csv: the disk is full: free some space, and go on"):
             utils.update_summary(1, {"loss": 0.5}, None, filename=str(path))
         assert path.read_text() == before
         assert [p.name for p in tmp_path.iterdir()] == ["summary.csv"]
