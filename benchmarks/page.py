@@ -28,8 +28,8 @@ from PIL import Image
 from train_step import append_rows, machine
 
 import convmixer_timm
+from convmixer_timm import load_model
 from convmixer_timm.images import find_images, image_loader
-from convmixer_timm.inference.loading import load_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.web.browser import Browser

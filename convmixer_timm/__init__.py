@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from .hub.publish import publish
     from .inference.export import export
     from .inference.labels import class_names
-    from .inference.loading import load_model
     from .inference.optimize import optimize
     from .inference.predicting import predict
+    from .training.trained import load_model
     from .web.page import page
 
 __all__ = [
@@ -41,7 +41,7 @@ mend_muon()
 _ROOMS = {
     "class_names": "inference.labels",
     "export": "inference.export",
-    "load_model": "inference.loading",
+    "load_model": "training.trained",
     "optimize": "inference.optimize",
     "page": "web.page",
     "predict": "inference.predicting",

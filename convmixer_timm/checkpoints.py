@@ -233,6 +233,8 @@ def read_checkpoint(path: str | Path) -> StateDict:
         raise FileNotFoundError(f"No such checkpoint file: {path}" + ", it is a folder" * path.is_dir())
     with path.open("rb") as file:  # an error of rights is told as such
         head = file.read(9)
+    if head == b"version h":  # https://git-lfs…
+        raise ValueError(f"{path} is a pointer of Git LFS in the place of the file itself: run `git lfs pull`")
     try:
         # By its content too: the Hub's cache has files without a suffix. A header in JSON follows its length.
         if path.suffix == ".safetensors" or head[8:] == b"{":

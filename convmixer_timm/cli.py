@@ -33,9 +33,10 @@ def _positive(text: str) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from .inference.loading import load_model, usable_device
+    from .inference.loading import usable_device
     from .inference.predicting import predict_files
     from .inference.reporting import FORMATS
+    from .training.trained import load_model
 
     model = load_model(args.model, usable_device(args.device))
     results, failed = predict_files(model, args.images, args.topk, args.batch_size)
@@ -92,8 +93,8 @@ def _publish(args: argparse.Namespace) -> int:
 def _plot(args: argparse.Namespace) -> int:
     from .images import find_images
     from .inference.labels import class_names
-    from .inference.loading import load_model
     from .plots import draw
+    from .training.trained import load_model
 
     model = load_model(args.model)
     failed: list[OSError] = []
@@ -107,7 +108,7 @@ def _plot(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from .inference.export import export
-    from .inference.loading import load_model
+    from .training.trained import load_model
 
     metadata = export(
         load_model(args.model), args.output, args.format, args.precision, args.dynamic_batch, args.calibration

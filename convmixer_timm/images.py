@@ -33,6 +33,9 @@ __all__ = [
 
 # What Pillow opens but this package doesn't: EPS runs Ghostscript, the others need Windows or a handler of one's own.
 _NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+# Pictures to everybody else, and to Pillow with a plugin that the user registers: phones' and cameras', and drawings.
+# In a folder they are named as unreadable, where other files are passed over.
+_PICTURES = set(".heic .heif .hif .jxl .dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .svg".split())
 # Longer side by shorter. A model's transform brings the shorter side to the model's size, whatever becomes of the
 # longer one: a 1 x 300,000 PNG of a kilobyte would take gigabytes.
 _MAX_RATIO = 100
@@ -64,6 +67,8 @@ def known_extensions() -> set[str]:
 def find_images(patterns: Iterable[str | Path]) -> list[Path]:
     """Image files named by files, folders (searched through, links too) and globs, in the order given.
 
+    Of a folder those that are pictures by their names, also such as Pillow can't read.
+
     A name that matches nothing stays in the list, as does a folder without images or that can't be listed: loading it
     tells what is wrong.
     """
@@ -73,6 +78,8 @@ def find_images(patterns: Iterable[str | Path]) -> list[Path]:
             raise ValueError(f"images are named by files, folders and globs, got a {type(pattern).__name__}")
         if not str(pattern):
             raise ValueError("the name of an image is empty")
+        if str(pattern).startswith(("http://", "https://")):
+            raise ValueError(f"{pattern}: images are read from files, so download it first")
         paths = [Path(pattern)]
         if not os.path.lexists(pattern):
             paths = sorted(map(Path, glob.glob(str(pattern), recursive=True))) or paths
@@ -83,7 +90,7 @@ def find_images(patterns: Iterable[str | Path]) -> list[Path]:
 
 
 def _search(folder: Path) -> list[Path]:
-    extensions = known_extensions()
+    extensions = known_extensions() | _PICTURES
     found: list[Path] = []
     seen = set()
 

@@ -201,6 +201,12 @@ def test_code_in_a_pickle_is_refused(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.pth", "plain.pth"]
 
 
+def test_a_pointer_of_git_lfs_is_no_damaged_file(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(ValueError, match="is a pointer of Git LFS in the place of the file itself: run `git lfs pull`"):
+        read_checkpoint(tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize("name", ["in.safetensors", "a_blob_of_the_hubs_cache"])
 def test_convert_from_the_shell(name, source, tmp_path, capsys):
     save_file(source.state_dict(), tmp_path / name)

@@ -221,6 +221,18 @@ def test_names_that_no_file_can_have(tmp_path):
             load_image(name)
     with pytest.raises(ValueError, match="the name of an image is empty"):
         find_images([""])
+    with pytest.raises(ValueError, match=r"https://host/cat.png: images are read from files, so download it first"):
+        find_images(["https://host/cat.png"])
+
+
+def test_a_phones_pictures_are_not_passed_over(tmp_path):
+    for name in ("IMG_1.HEIC", "notes.txt"):
+        (tmp_path / name).write_bytes(b"something")
+    shutil.copy(CAT, tmp_path / "a.png")
+    photo, cat = find_images([tmp_path])
+    assert (photo.name, cat.name) == ("IMG_1.HEIC", "a.png")
+    with pytest.raises(ImageError, match=r"IMG_1.HEIC: not an image that Pillow can read"):
+        load_image(photo)
 
 
 def test_what_is_no_file_is_said_and_not_waited_for(tmp_path):

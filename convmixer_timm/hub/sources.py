@@ -1,34 +1,26 @@
 """What holds a trained model, read: a packed folder, the output folder of a run of ``train.py``, a checkpoint file."""
 
-import functools
 import re
 import sys
-from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import timm
 import yaml
 
 from ..checkpoints import (
-    Shape,
-    StateDict,
-    check_sizes,
-    checkpoint_filter_fn,
-    not_finite,
     read_checkpoint,
     to_timm_layout,
 )
-from ..convmixer import CIFAR10_LABELS, ConvMixer
-from ..errors import one_line
+from ..convmixer import ConvMixer
 from ..files import as_text
 from ..images import data_config
 from ..inference.labels import check_labels
-from ..inference.loading import check_preprocessing, load_folder, split_name
+from ..inference.loading import load_folder, split_name
 from ..training.history import as_csv, figure, read_history
-from ..training.record import FILE, Model, Record, describe_model
+from ..training.record import Record
+from ..training.trained import is_run, make_model, read_trained, saying_damage
 from .cards import Evaluation, Training
 
 __all__ = ["Source", "read_checkpoint_file", "read_run", "read_source"]
@@ -50,9 +42,6 @@ _ON_HUB = {
     "torch/imagenet": "ILSVRC/imagenet-1k",
     "torch/mnist": "ylecun/mnist",
 }
-
-
-P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -80,22 +69,7 @@ class Source:
     left_out: tuple[str, ...] = ()
 
 
-def _saying_damage(read: Callable[P, Source]) -> Callable[P, Source]:
-    """Lets what a damaged source breaks in reading it be the source's error: a ValueError."""
-
-    @functools.wraps(read)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> Source:
-        try:
-            return read(*args, **kwargs)
-        except (OSError, ValueError, RuntimeError):
-            raise
-        except Exception as error:  # of YAML and CSV, of values that are missing or of another type
-            raise ValueError(f"{args[0]} is damaged: {type(error).__name__}: {error}") from error
-
-    return checked
-
-
-@_saying_damage
+@saying_damage
 def read_source(path: Path, architecture: str | None = None, labels: list[str] | None = None) -> Source:
     """Reads whatever holds a trained model.
 
@@ -116,11 +90,11 @@ def read_source(path: Path, architecture: str | None = None, labels: list[str] |
         path = path.parent
     if (path / "config.json").is_file():
         source = _read_folder(path, labels)
-    elif _is_run(path):
+    elif is_run(path):
         source = read_run(path, labels=labels)
     elif path.is_dir():
         raise ValueError(f"{path} has neither config.json, as a packed model, nor args.yaml, as a train.py run")
-    elif _is_run(path.parent):
+    elif is_run(path.parent):
         source = read_run(path.parent, checkpoint=path.name, labels=labels)
     elif architecture is None:
         raise ValueError(f"{path} doesn't tell its architecture: name it with --model")
@@ -130,10 +104,6 @@ def read_source(path: Path, architecture: str | None = None, labels: list[str] |
     if architecture and architecture.partition(".")[0] != found:
         raise ValueError(f"{path} is a {found}, and --model says {architecture}: leave that out")
     return source
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (FILE, "args.yaml"))
 
 
 def _read_folder(folder: Path, labels: list[str] | None) -> Source:
@@ -167,13 +137,13 @@ def read_checkpoint_file(file: Path, architecture: str, labels: list[str] | None
     """Reads a checkpoint file of any layout that `convmixer_timm.checkpoints` reads. See `read_source`."""
     _check_variant(architecture)
     state_dict, _ = to_timm_layout(read_checkpoint(file))
-    model = _model(file, architecture, {}, state_dict)
+    model = make_model(file, architecture, {}, state_dict)
     config = data_config(model)
     model.pretrained_cfg.update({key: config[key] for key in ("input_size", "mean", "std")})
     return Source(model, _fitting(labels, model))
 
 
-@_saying_damage
+@saying_damage
 def read_run(
     run: Path,
     *,
@@ -193,35 +163,11 @@ def read_run(
         FileNotFoundError: If the run has no such checkpoint, no ``args.yaml`` or no ``summary.csv``.
         ValueError: If one of them can't be understood, the labels don't fit, or there are no averaged weights to take.
     """
-    if checkpoint is None:
-        checkpoint = "model_best.pth.tar" if (run / "model_best.pth.tar").is_file() else "last.pth.tar"
-    record = Record.read(run)
-    for name in (checkpoint, "summary.csv", *([] if record else ["args.yaml"])):
-        if not (run / name).is_file():
-            raise FileNotFoundError(f"{run} is no train.py run that finished an epoch: it has no {name}")
-    stored: dict[str, Any] = read_checkpoint(run / checkpoint)
-    epoch = stored["epoch"] if isinstance(stored.get("epoch"), int) else None
-    newest = record
-    if record:
-        record = record.at(record.first_epoch if epoch is None else epoch)
-    args = record.args if record else _arguments(run / "args.yaml")
-    if (mode := args.get("input_img_mode")) not in (None, "", "RGB", "L", "RGBA"):
-        raise ValueError(f"{run} was trained on images in {mode}, and who loads a published model reads RGB")
-    holds_average = isinstance(stored.get("state_dict_ema"), dict)
-    if ema and not holds_average:
-        raise ValueError(f"{run} has no averaged weights")
-    # Those that it averages on another device train.py doesn't measure.
-    measures_average = holds_average and not args.get("model_ema_force_cpu")
-    averaged = measures_average if ema is None else ema
-    # Other scripts' output, avg_checkpoints' say, is the weights alone.
-    trained: Any = stored["state_dict_ema"] if averaged else stored.get("state_dict", stored)
-    state_dict, _ = to_timm_layout(trained)
-    told = record.model if record else _described(run / "args.yaml", args)
-    model = _model(run / checkpoint, told.architecture, told.args, state_dict)
-    model.pretrained_cfg.update(told.preprocessing)
-    check_preprocessing(model, str(run))
-    if labels is None:
-        labels = record.data.classes if record else _classes_of_data_set(args["dataset"])
+    if not (run / "summary.csv").is_file():
+        raise FileNotFoundError(f"{run} is no train.py run that finished an epoch: it has no summary.csv")
+    trained = read_trained(run, checkpoint, ema)
+    model, args, epoch, checkpoint = trained.model, trained.args, trained.epoch, trained.checkpoint
+    record, newest = trained.record, trained.newest
     rows = read_history(run / "summary.csv")
     if not rows:
         raise ValueError(f"{run / 'summary.csv'} has no finished epoch: a line whose column 'epoch' is a whole number")
@@ -229,13 +175,12 @@ def read_run(
     if epoch is not None and own is None:
         missing = f"{run / 'summary.csv'} has no whole line of epoch {epoch}, that of {checkpoint}"
         print(f"{missing}: the card tells no accuracy", file=sys.stderr)
-    measured = averaged == measures_average
-    row = own if own and measured else {}
+    row = own if own and trained.measured else {}
     epochs = 1 + max(int(rows[-1]["epoch"]), epoch or 0)
     if epoch is None:
         weights = f"those of {checkpoint}, which tells no epoch"
     else:
-        weights = f"those of epoch {epoch + 1} of {epochs}" + ", averaged (EMA)" * averaged
+        weights = f"those of epoch {epoch + 1} of {epochs}" + ", averaged (EMA)" * trained.averaged
     chosen = checkpoint.startswith("model_best")
     alike = [other for other in rows if not (newest and record) or newest.at(int(other["epoch"])).alike(record)]
     try:
@@ -268,8 +213,8 @@ def read_run(
         )
     return Source(
         model,
-        _fitting(labels, model),
-        told.args,
+        _fitting(trained.labels if labels is None else labels, model),
+        trained.described.args,
         training,
         evaluation,
         files={
@@ -279,52 +224,10 @@ def read_run(
     )
 
 
-def _model(file: Path, name: str, args: dict[str, Any], state_dict: StateDict) -> Any:
-    """A model of that name with these weights: its classes and channels are theirs."""
-    # What --split-bn has beside, for strongly augmented images, nothing uses after the training.
-    state_dict = {key: value for key, value in state_dict.items() if ".aux_bn." not in key}
-    shape = Shape.of(state_dict)
-    if "head.weight" not in state_dict or "head.bias" not in state_dict:
-        raise ValueError(
-            f"{file} has no classifier (head.weight and head.bias): it is a backbone, and classifies nothing"
-        )
-    check_sizes(args, state_dict, name)
-    if odd := not_finite(state_dict):
-        raise ValueError(f"{file} has values that are no finite numbers in {odd[0]}: its training diverged")
-    try:
-        model = timm.create_model(name.split(".")[0], num_classes=shape.num_classes, in_chans=shape.in_chans, **args)
-        model.load_state_dict(checkpoint_filter_fn(state_dict, model))
-    except (RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} doesn't fit {name}: {one_line(error)}") from error
-    return model
-
-
 def _fitting(labels: list[str] | None, model: Any) -> list[str] | None:
     if labels is not None:
         check_labels(labels, model.num_classes)
     return labels
-
-
-def _arguments(file: Path) -> dict[str, Any]:
-    """Arguments of a run without a record."""
-    try:
-        args = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {error}") from error
-    if not isinstance(args, dict) or not isinstance(args.get("model"), str):
-        raise ValueError(f"{file} has no arguments of train.py: it names no model")
-    defaults: dict[str, Any] = dict.fromkeys(
-        ("data", "data_dir", "num_classes", "in_chans", "gp", "pretrained", "seed")
-    )
-    defaults |= {"dataset": "", "initial_checkpoint": "", "val_split": "validation", "train_split": "train"}
-    return defaults | args | {"dataset": args.get("dataset") or "", "model_kwargs": args.get("model_kwargs") or {}}
-
-
-def _described(file: Path, args: dict[str, Any]) -> Model:
-    try:
-        return describe_model(Namespace(**args))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 def _start(args: dict[str, Any]) -> str:
@@ -381,11 +284,6 @@ def _data(record: Record | None, args: dict[str, Any], split: str) -> str:
     told = f"{name}, {part}" if split == "validation" else name
     images = record.data.splits[split].images if record and split in record.data.splits else None
     return told if images is None else f"{told}, {images:,} images"
-
-
-def _classes_of_data_set(name: str) -> list[str] | None:
-    """The classes of a data set whose very name tells them."""
-    return list(CIFAR10_LABELS) if name in ("torch/cifar10", "hfds/cifar10", "hfds/uoft-cs/cifar10") else None
 
 
 def _hub_data_set(name: str) -> str:

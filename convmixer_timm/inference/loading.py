@@ -16,6 +16,7 @@ from timm.models._hub import load_model_config_from_path
 
 from ..checkpoints import check_sizes, checkpoint_filter_fn, read_checkpoint
 from ..convmixer import ConvMixer
+from ..errors import alike
 from .download import download
 
 __all__ = [
@@ -25,7 +26,7 @@ __all__ = [
     "check_preprocessing",
     "evaluating",
     "load_folder",
-    "load_model",
+    "load_pretrained",
     "split_name",
     "uncompiled",
     "usable_device",
@@ -112,11 +113,12 @@ def split_name(name: str) -> tuple[str, str]:
     return (scheme, location) if colon else ("", name)
 
 
-def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
+def load_pretrained(name: str, device: str | torch.device = "cpu") -> nn.Module:
     """A pretrained model, ready to predict.
 
     Args:
-        name: A registered model with weights ('convmixer_…'), ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``.
+        name: A registered model with weights ('convmixer_…'), ``hf-hub:OWNER/NAME``, or ``local-dir:FOLDER`` of a
+            packed one.
         device: Where to run it.
 
     Raises:
@@ -133,10 +135,16 @@ def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
     if not scheme and not timm.models.is_model_pretrained(name):
         arch = name.split(".")[0]
         known = (timm.is_model(arch) and timm.list_pretrained(f"{arch}*")) or timm.list_pretrained("convmixer*")
-        if Path(name).is_dir():
-            raise ValueError(f"{name!r} is a folder: a packed one is loaded by 'local-dir:{name}'")
-        problem = "has no weights" if timm.is_model(arch) and "." not in name else "is not a known model"
-        raise ValueError(f"{name!r} {problem}. With weights there are: {', '.join(known)}.")
+        file = Path(name).expanduser()
+        if name and file.is_dir():
+            raise ValueError(f"{name!r} is a folder: a packed one, and a training's, is loaded by 'local-dir:{name}'")
+        if file.is_file():
+            raise ValueError(f"{name!r} is a file: its folder, packed or a training's, is loaded by 'local-dir:FOLDER'")
+        there = f"With weights there are: {', '.join(known)}."
+        if timm.is_model(arch) and "." not in name:
+            raise ValueError(f"{name!r} has no weights. {there}")
+        guess = alike(name, known)
+        raise ValueError(f"{name!r} is not a known model{guess if 'did you mean' in guess else f'. {there}'}")
     cfg, source = None if scheme else timm.get_pretrained_cfg(name), {}
     if scheme == "local-dir":
         return load_folder(Path(location).expanduser()).eval().to(device)
@@ -211,7 +219,10 @@ def check_description(config: Path, state_dict: dict[str, torch.Tensor]) -> None
     if not architecture.startswith("convmixer"):
         return
     if classes and isinstance(names, list) and len(names) != classes:
-        raise ValueError(f"{config} has {len(names)} label_names for {classes} classes")
+        raise ValueError(
+            f"{config} has {len(names)} label_names for {classes} classes: write theirs there (transformers keeps the "
+            "old ones unless model.config.label_names is set too)"
+        )
     check_sizes(sizes, state_dict, config)
 
 

@@ -118,7 +118,7 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
         _compare_classes(train, readings["validation"])
     for reading in readings.values():
         reading.check_classes()
-    if train.count == 1 and not train.mapped:
+    if train.count == 1:
         raise ValueError(f"{train.where} has one class only: {_listed(train.classes or ['0'])}")
     _check_count(args, train)
     if train.count is None and args.num_classes is None:

@@ -26,7 +26,8 @@ from ..files import as_text, atomic_path, files_below
 from ..images import data_config, find_images, load_image
 from ..inference.class_map import has_class_map
 from ..inference.export import export
-from ..inference.loading import load_model, split_name
+from ..inference.loading import split_name
+from ..training.trained import load_model
 
 __all__ = ["ONNXRUNTIME_WEB", "is_part", "page"]
 

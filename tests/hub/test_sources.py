@@ -1,6 +1,7 @@
 """Sources of a publish that are not quite what they should be, and what their cards may say."""
 
 import csv
+import json
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from convmixer_timm.hub.packing import pack
 from convmixer_timm.hub.sources import read_run, read_source
 from convmixer_timm.training.record import Record
 
+from ..conftest import IMAGES
 from .test_packing import make_run
 
 NAMES = [*"abcdefghij"]
@@ -44,6 +46,22 @@ def test_names_are_those_of_the_record(tmp_path):
     (run / "run.json").unlink()
     with pytest.raises(ValueError, match="names no model"):
         read_run(run)
+
+
+def test_a_run_predicts_before_it_is_published(tmp_path, capsys):
+    run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2, model_kwargs={"depth": 2})
+    (run / "summary.csv").unlink()  # which tells nothing of the model
+    assert main(["predict", str(IMAGES / "cat"), "--model", f"local-dir:{run}", "--format", "json"]) == 0
+    assert {row["label"] for row in json.loads(capsys.readouterr().out)[0]["classes"]} == {"ant", "bee"}
+    model = convmixer_timm.load_model(f"local-dir:{run}")
+    assert not model.training and len(model.blocks) == 2
+    weights = torch.load(run / "last.pth.tar", weights_only=False)["state_dict"]
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    (run / "run.json").unlink()
+    assert convmixer_timm.class_names(convmixer_timm.load_model(f"local-dir:{run}")) == ["0", "1"]
+    (run / "last.pth.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="that finished an epoch: it has no last"):
+        convmixer_timm.load_model(f"local-dir:{run}")
 
 
 def test_a_run_without_a_record_has_no_names(tmp_path, capsys):

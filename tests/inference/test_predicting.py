@@ -162,7 +162,7 @@ def test_what_was_classified_before_ctrl_c_is_shown(cifar_images, capsys, monkey
     [
         (["--model", "convmixer_9_9"], "'convmixer_9_9' is not a known model"),
         (["--model", "convmixer_256_16_ks9_p1"], "has no weights. With weights there are: convmixer_128_4.e25"),
-        (["--model", "convmixer_128_4.nope"], "With weights there are: convmixer_128_4.e25_cifar10"),
+        (["--model", "convmixer_128_4.nope"], "is not a known model: did you mean convmixer_128_4.e25_cifar10?"),
         (["--model", "local-dir:/nonexistent"], "nonexistent"),
         (["--device", "abacus"], "device 'abacus'"),
         (["--device", "meta"], "device 'meta'"),
@@ -374,7 +374,9 @@ def test_what_is_no_classifier_is_said(options):
     [
         (WEIGHTS_DIR / NAME, "a model is named by a text, got a PosixPath"),
         (None, "got a NoneType"),
-        (str(WEIGHTS_DIR / NAME), f"is a folder: a packed one is loaded by 'local-dir:{WEIGHTS_DIR / NAME}'"),
+        (str(WEIGHTS_DIR / NAME), f"a packed one, and a training's, is loaded by 'local-dir:{WEIGHTS_DIR / NAME}'"),
+        (str(WEIGHTS_DIR / NAME / "model.safetensors"), "is a file: its folder, packed or a training's, is loaded by"),
+        ("convmixer_128_4.e25_cifar", "is not a known model: did you mean convmixer_128_4.e25_cifar10?"),
         ("foo:bar", "no source 'foo'; a model is NAME, hf-hub:OWNER/NAME or local-dir:FOLDER"),
         (f"timm:{NAME}", "no source 'timm'; a model is NAME, hf-hub:OWNER/NAME or local-dir:FOLDER"),
         ("hf-hub:ann/cifar@", "ann/cifar@ names no revision: leave the @ out, or give OWNER/NAME@REVISION"),

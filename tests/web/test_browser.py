@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import convmixer_timm
+from convmixer_timm import load_model
 from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.images import image_loader
 from convmixer_timm.inference.class_map import ClassMap
 from convmixer_timm.inference.engines import unavailable
-from convmixer_timm.inference.loading import load_model
 
 from ..conftest import IMAGES
 from .browser import RUNTIME, Browser, need_browser
