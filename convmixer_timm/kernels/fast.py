@@ -55,8 +55,8 @@ _evaluated = 0
 # ConvMixer-256/8. For smaller ones the calls cost more than they save, and everything is left to the compiler.
 _WORTH_A_CALL = {torch.float32: 1 << 20, torch.bfloat16: 1 << 18}
 # An evaluation that is recorded for a gradient, as it is where `torch.no_grad()` was forgotten, calls them for maps of
-# so many values, of 2 such images: each recorded call costs some 0.1 ms more.
-_WORTH_RECORDING = 1 << 17
+# so many values, of 4 such images: each recorded call costs some 0.1 ms more. With its backward pass fewer would pay.
+_WORTH_RECORDING = 1 << 18
 # The largest kernels by which the loops of this folder evaluate; with larger ones PyTorch's convolution is faster.
 _WIDEST = 13
 
@@ -73,7 +73,7 @@ class _Layer(nn.Module):
         x = args[0] if args else kwargs.get("x", kwargs.get("input"))
         if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or (not self.training and _is_little(x)):
             return super().__call__(*args, **kwargs)
-        if not _runs_here(x) or not _is_as_made(self):
+        if not _runs_here(x) or not _is_as_made(self) or self._stays(x):
             return super().__call__(*args, **kwargs)
         if not gpu.is_gpu(x):
             memory.keep_freed()
@@ -83,6 +83,13 @@ class _Layer(nn.Module):
                 build.available()
             x = _turned(x)
         return self._fast(x)
+
+    def _stays(self, x: Tensor) -> bool:
+        """Whether an evaluation is faster in the layout that it came in: with norms that lose more by channels-last
+        than the convolutions gain."""
+        if self.training or gpu.is_gpu(x) or _is_slow(_precision(x)):
+            return False
+        return any(map(_is_grouped, self.modules()))
 
     def _fast(self, x: Tensor) -> Tensor:
         """The layer of `x`, [N, C, H, W], on a CPU in channels-last."""
@@ -126,6 +133,9 @@ class GlobalPool(_Layer):
     """Before timm's pooling. PyTorch's global average gives a gradient in channels-first, which the layer before has to
     turn: a tenth of a step. Windows keep the layout; one over rows, then one over columns is faster than one over both,
     and rounds less."""
+
+    def _stays(self, x):
+        return not self.training and x.is_contiguous()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         # Without pooling the layout is its caller's.
@@ -266,8 +276,13 @@ def _conv_act_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, 
         else:
             y = act_norm_inference(z, shortcut, *_parameters(norm), *_running_stats(norm), _is_gelu(act), norm.eps)
         return y + x if residual and shortcut is None else y
-    z = act(z)  # each result frees the one before
+    # In fp32 group norms are as fast in channels-last as they are otherwise.
+    apart = (
+        _is_grouped(norm) and not gpu.is_gpu(x) and (z.dtype != torch.float32 or isinstance(norm, nn.InstanceNorm2d))
+    )
+    z = act(z.contiguous() if apart else z)  # each result frees the one before
     z = norm(z)
+    z = _turned(z) if apart else z
     return z + x if residual else z
 
 
@@ -290,6 +305,11 @@ def _on_gpu(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, residua
     if _embeds_patches(conv) and not residual and len(x) * height * width > 1:
         return gpu.channel_mixing(x, conv, norm, _is_gelu(act))
     return None
+
+
+def _is_grouped(norm: nn.Module) -> bool:
+    """Whether a norm is over few channels of one image, for which PyTorch is slow in channels-last, most so in bf16."""
+    return isinstance(norm, nn.InstanceNorm2d) or (isinstance(norm, nn.GroupNorm) and norm.num_groups > 1)
 
 
 def _embeds_patches(conv: nn.Conv2d) -> bool:

@@ -147,9 +147,23 @@ def launch(
             for note in check_config(path, Path(config), complete=recipe is not None):
                 _say(note)
         prepared = prepare_training(path, args, recipe or "")
+    elif path.stem == "bulk_runner":
+        prepared = _through_launcher(path, args, folder)
     else:
         prepared = prepare_evaluation(path, args)
     return None if prepared is None else lambda: run_script(path, prepared)
+
+
+def _through_launcher(path: Path, args: list[str], folder: str | None) -> list[str]:
+    """Arguments of ``bulk_runner.py``, which starts a process for each model: timm's script there by this command."""
+    options = script_options(path, args)
+    if options is None or options.module or options.no_python:
+        return args
+    script, own = Path(options.script), args[: len(args) - len(options.script_args) - 1]
+    folder = folder or (str(script.parent) if script.is_file() else None)
+    where = ["--timm-scripts", folder] if folder else []
+    module = ["--module=yes", "convmixer_timm"]  # which that script's parser wants a value for
+    return [*own, *module, "run", *where, script.stem, *options.script_args]
 
 
 def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str] | None:

@@ -908,3 +908,31 @@ def test_ddp_finds_gradients_in_its_buckets_strides(tmp_path):
             parallel(torch.randn(2, 3, 8, 8)).sum().backward()
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("norm", ["groupnorm", nn.InstanceNorm2d])
+def test_norms_over_few_channels_get_the_layout_that_they_are_fast_in(norm, monkeypatch):
+    """An evaluation stays as it came; training turns for the norm alone, but for group norms in fp32."""
+    monkeypatch.setattr(fast, "_is_little", lambda x: False)
+    model = small_model(dim=64, norm_layer=norm)
+    layouts = set()
+    monkeypatch.setattr(
+        F, "gelu", lambda x, *args, _gelu=F.gelu, **kwargs: layouts.add(x.stride(1) > 1) or _gelu(x, *args, **kwargs)
+    )
+    x = torch.randn(4, 3, 16, 16)
+    usual = {}
+    instances = norm is nn.InstanceNorm2d
+    for training, dtype, in_rows in ((False, None, True), (True, None, instances), (True, torch.bfloat16, True)):
+        model.train(training)
+        outputs = []
+        for enabled in (False, True):
+            set_fast_training(enabled)
+            layouts.clear()
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                outputs.append(model(x).float())
+            outputs[-1].square().sum().backward()
+            usual[enabled] = torch.cat([p.grad.flatten() for p in model.parameters()])
+            model.zero_grad()
+        assert layouts == {in_rows}
+        tolerance = 1e-5 if dtype is None else 0.03
+        assert relative(outputs[1], outputs[0]) < tolerance and relative(usual[True], usual[False]) < tolerance

@@ -213,6 +213,15 @@ def test_predictions_on_images_of_one_name_tell_their_folders(timm_scripts, tmp_
         assert {row["filename"] for row in csv.DictReader(file)} == {"ant/0.png", "bee/0.png"}
 
 
+def test_a_bulk_run_knows_the_variants(timm_scripts, data, tmp_path):
+    results = tmp_path / "results.csv"
+    command = [sys.executable, "-m", "convmixer_timm", "run", "bulk_runner", "--model-list", "convmixer_128_[48]"]
+    command += ["--results-file", str(results), str(timm_scripts / "validate.py"), "--data-dir", str(data), "-j", "1"]
+    run(command, TIMM_SCRIPTS=str(timm_scripts))
+    with results.open() as file:
+        assert {row["model"] for row in csv.DictReader(file)} == {"convmixer_128_4", "convmixer_128_8"}
+
+
 @pytest.mark.parametrize("option", ["--model-kwargs", "--opt-kwargs"])
 def test_what_takes_name_and_value_says_so(option, timm_scripts, data, capsys):
     args = ["train", "--model", "convmixer_128_4", "--data-dir", str(data), option, "foo"]
