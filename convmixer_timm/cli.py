@@ -70,9 +70,13 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _publish(args: argparse.Namespace) -> int:
+    from huggingface_hub import constants, utils
+
     from .hub.publish import publish
     from .inference.labels import read_labels
 
+    if not sys.stderr.isatty() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # bars fill a log
+        utils.disable_progress_bars()
     publication = publish(
         args.source,
         args.repo_id,

@@ -292,10 +292,11 @@ def merge_cards(new: str, old: str) -> str:
         if learned:  # "cifar10" is the Hub's uoft-cs/cifar10
             measured |= {name for name in map(str, listed(kept.get("datasets"))) if _is_named(name, learned[1])}
         kept["datasets"] = [name for name in listed(kept.get("datasets")) if str(name) not in measured]
+        kept["metrics"] = [name for name in listed(kept.get("metrics")) if name != "accuracy"]
     for key in ("model-index", *(("base_model", "base_model_relation") if started or "base_model" in ours else ())):
         kept.pop(key, None)
     merged = {**ours, **kept, "library_name": ours["library_name"]}
-    for key in ("tags", "datasets"):
+    for key in ("tags", "datasets", "metrics"):
         both = listed(ours.get(key))
         both += [name for name in listed(kept.get(key)) if name not in both]
         merged.pop(key, None)

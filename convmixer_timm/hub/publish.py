@@ -110,7 +110,7 @@ def publish(
 
     Before it is sent, the packed folder is loaded back and its output compared with the source's. What people wrote
     into the repository's card stays. What passes by itself (too many requests, a server's failure, a lost connection)
-    is tried three times.
+    is tried three times, beside what huggingface_hub tries again by itself.
 
     Args:
         source: What `sources.read_source` reads: a packed folder, a ``train.py`` output folder, or a checkpoint file.

@@ -19,9 +19,10 @@ _SILENCE = 5.0  # seconds after which a line tells what is waited for
 
 @contextlib.contextmanager
 def limit_waiting(seconds: float) -> Iterator[None]:
-    """Lets huggingface_hub's client wait so long for each answer, once, and say what it waits for, within the block.
+    """Lets huggingface_hub's client wait so long for each answer, and say what it waits for, within the block.
 
-    By itself it waits for ever for most answers, or asks again up to five times for as long.
+    By itself it waits for ever for most answers, or asks again up to five times for as long. Here an answer that
+    doesn't come ends it; after one that says no it may ask again as before.
     """
 
     def limited(session: Any) -> Any:

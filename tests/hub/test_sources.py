@@ -368,6 +368,18 @@ def test_a_run_of_other_colours_is_not_described(tmp_path):
         read_run(run)
 
 
+def test_the_accuracy_of_an_earlier_publish_goes(tmp_path):
+    run = make_run(tmp_path / "run", ["ant", "bee"], num_classes=2)
+    measured = str(card_of(run, tmp_path))
+    history = (run / "summary.csv").read_text().replace(",eval_top1,", ",other,")
+    (run / "summary.csv").write_text(history)
+    unmeasured = str(card_of(run, tmp_path))
+    assert ModelCard(merge_cards(unmeasured, measured)).data.to_dict().get("metrics") is None
+    edited = measured.replace("- accuracy\n", "- accuracy\n- f1\n", 1)
+    assert ModelCard(merge_cards(unmeasured, edited)).data.metrics == ["f1"]
+    assert ModelCard(merge_cards(measured, edited)).data.metrics == ["accuracy", "f1"]
+
+
 def test_a_data_set_of_an_earlier_publish_goes():
     def card(name, dataset, own=""):
         datasets = f"datasets:\n- {dataset}\n{own}" if dataset else ""
