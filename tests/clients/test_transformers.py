@@ -66,6 +66,22 @@ def test_trainer_and_back(packed, tmp_path):
     assert {name for name, _ in classes} == {"ant", "bee", "wasp"}
 
 
+def test_other_classes_keep_their_names(packed, tmp_path):
+    """As README says; without the second line transformers saves the checkpoint's."""
+    names = ["fly", "moth"]
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+        packed, num_labels=2, id2label=dict(enumerate(names)), ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(tmp_path / "without")
+    with pytest.raises(
+        ValueError, match=r"has 3 label_names for 2 classes: write theirs there \(transformers keeps the"
+    ):
+        convmixer_timm.load_model(f"local-dir:{tmp_path / 'without'}")
+    model.config.label_names = names
+    model.save_pretrained(tmp_path / "saved")
+    assert convmixer_timm.class_names(convmixer_timm.load_model(f"local-dir:{tmp_path / 'saved'}")) == names
+
+
 def test_what_it_says_without_the_import(packed):
     import subprocess
     import sys
