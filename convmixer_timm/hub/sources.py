@@ -172,9 +172,6 @@ def read_run(
     if not rows:
         raise ValueError(f"{run / 'summary.csv'} has no finished epoch: a line whose column 'epoch' is a whole number")
     own = next((row for row in rows if int(row["epoch"]) == epoch), None)
-    if epoch is not None and own is None:
-        missing = f"{run / 'summary.csv'} has no whole line of epoch {epoch}, that of {checkpoint}"
-        print(f"{missing}: the card tells no accuracy", file=sys.stderr)
     row = own if own and trained.measured else {}
     epochs = 1 + max(int(rows[-1]["epoch"]), epoch or 0)
     if epoch is None:
@@ -211,9 +208,13 @@ def read_run(
             top5=top5 if model.num_classes > 5 else None,
             data=_data(record, args, "validation") + " (which chose the epoch)" * chosen,
         )
+    labels = _fitting(trained.labels if labels is None else labels, model)
+    if epoch is not None and own is None:
+        missing = f"{run / 'summary.csv'} has no whole line of epoch {epoch}, that of {checkpoint}"
+        print(f"{missing}: the card tells no accuracy", file=sys.stderr)
     return Source(
         model,
-        _fitting(trained.labels if labels is None else labels, model),
+        labels,
         trained.described.args,
         training,
         evaluation,

@@ -141,6 +141,8 @@ def read_trained(run: Path, checkpoint: str | None = None, ema: bool | None = No
     # Other scripts' output, avg_checkpoints' say, is the weights alone.
     weights: Any = stored["state_dict_ema"] if averaged else stored.get("state_dict", stored)
     state_dict, _ = to_timm_layout(weights)
+    if not record:  # before a model is made by them
+        check_sizes(args["model_kwargs"], state_dict, run / "args.yaml")
     described = record.model if record else _described(run / "args.yaml", args)
     model = make_model(run / checkpoint, described.architecture, described.args, state_dict)
     model.pretrained_cfg.update(described.preprocessing)
