@@ -95,9 +95,11 @@ class _Layer(nn.Module):
     def _stays(self, x: Tensor) -> bool:
         """Whether an evaluation is faster in the layout that it came in: with norms that lose more by channels-last
         than the convolutions gain."""
-        if self.training or gpu.is_gpu(x) or _is_slow(_precision(x)):
-            return False
-        return any(map(_is_grouped, self.modules()))
+        return not self.training and _is_grouped(self._norm()) and not gpu.is_gpu(x) and not _is_slow(_precision(x))
+
+    def _norm(self) -> nn.Module | None:
+        """The layer's last norm, whose kind is that of the others."""
+        return None
 
     def _fast(self, x: Tensor) -> Tensor:
         """The layer of `x`, [N, C, H, W], on a CPU in channels-last."""
@@ -113,6 +115,9 @@ class ConvActNorm(_Layer):
             return x.numel()
         return x.numel() * conv.out_channels // (conv.in_channels * conv.stride[0] * conv.stride[1])
 
+    def _norm(self):
+        return self[-1] if len(self) else None
+
     def _fast(self, x):
         if len(self) != 3:  # a part of one, or somebody put a layer in
             return self.forward(x)
@@ -121,6 +126,9 @@ class ConvActNorm(_Layer):
 
 class Residual(_Layer):
     """Before a module that adds its input to its `fn`, a `ConvActNorm`, with stochastic depth `drop_path`."""
+
+    def _norm(self):
+        return self.fn._norm() if isinstance(self.fn, ConvActNorm) else None
 
     def _fast(self, x):
         plain = type(self.drop_path) is nn.Identity and untouched(self.drop_path)
@@ -132,6 +140,9 @@ class Residual(_Layer):
 class Block(_Layer):
     """Before a sequence of spatial mixing, convolution, activation and norm, the latter with or without a `residual`,
     with stochastic depth at `drop_rate`."""
+
+    def _norm(self):
+        return self[-1] if len(self) else None
 
     def _fast(self, x):
         if len(self) != 4:
@@ -208,7 +219,7 @@ def _is_little(x: Tensor, values: int) -> bool:
 
     Asked first, as all the other questions take time that shows where a single image goes through a small model.
     """
-    if values >= _LARGE or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or values >= _LARGE:  # sizes are open in the former two
         return False
     precision = _precision(x)
     worth = _WORTH_RECORDING if torch.is_grad_enabled() else _WORTH_EVALUATING.get(precision, 0)
@@ -323,7 +334,7 @@ def _on_gpu(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module, residua
     return None
 
 
-def _is_grouped(norm: nn.Module) -> bool:
+def _is_grouped(norm: nn.Module | None) -> bool:
     """Whether a norm is over few channels of one image, for which PyTorch is slow in channels-last, most so in bf16."""
     return isinstance(norm, nn.InstanceNorm2d) or (isinstance(norm, nn.GroupNorm) and norm.num_groups > 1)
 
