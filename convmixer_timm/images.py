@@ -33,8 +33,8 @@ __all__ = [
 
 # What Pillow opens but this package doesn't: EPS runs Ghostscript, the others need Windows or a handler of one's own.
 _NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
-# Phones' and cameras' pictures, which Pillow reads only with a plugin that the user registers. In a folder they are named
-# as unreadable, where other files are passed over.
+# Phones' and cameras' pictures, which Pillow reads only with a plugin that the user registers. In a folder they are
+# named as unreadable, where other files are passed over.
 _PICTURES = set(".heic .heif .hif .jxl .dng .cr2 .cr3 .nef .arw .orf .raf .rw2".split())
 # Longer side by shorter. A model's transform brings the shorter side to the model's size, whatever becomes of the
 # longer one: a 1 x 300,000 PNG of a kilobyte would take gigabytes.
