@@ -75,7 +75,7 @@ class _Layer(nn.Module):
         x = args[0] if args else kwargs.get("x", kwargs.get("input"))
         if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor):
             return super().__call__(*args, **kwargs)
-        if not self.training and _is_little(x, self._values(x)):
+        if not self.training and _is_little(x, self._values):
             return super().__call__(*args, **kwargs)
         if not _runs_here(x) or not _is_as_made(self) or self._stays(x):
             return super().__call__(*args, **kwargs)
@@ -111,9 +111,10 @@ class ConvActNorm(_Layer):
 
     def _values(self, x):
         conv = self[0] if len(self) else None
-        if type(conv) is not nn.Conv2d:
+        if type(conv) is not nn.Conv2d or x.dim() != 4:
             return x.numel()
-        return x.numel() * conv.out_channels // (conv.in_channels * conv.stride[0] * conv.stride[1])
+        # As the next layer counts them, or one would take the features in another layout than that goes on in.
+        return len(x) * conv.out_channels * (x.shape[2] // conv.stride[0]) * (x.shape[3] // conv.stride[1])
 
     def _norm(self):
         return self[-1] if len(self) else None
@@ -213,13 +214,15 @@ def as_given(features: Tensor, images: Tensor) -> Tensor:
         return features
 
 
-def _is_little(x: Tensor, values: int) -> bool:
-    """Whether an evaluation of `x` to a map of so many values is too small for the kernels to pay; if they aren't
+def _is_little(x: Tensor, count: Callable[[Tensor], int]) -> bool:
+    """Whether an evaluation of `x`, to a map of so many values, is too small for the kernels to pay; if they aren't
     built, for the layout alone.
 
     Asked first, as all the other questions take time that shows where a single image goes through a small model.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or values >= _LARGE:  # sizes are open in the former two
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # sizes are open there
+        return False
+    if (values := count(x)) >= _LARGE:
         return False
     precision = _precision(x)
     worth = _WORTH_RECORDING if torch.is_grad_enabled() else _WORTH_EVALUATING.get(precision, 0)

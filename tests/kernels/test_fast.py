@@ -15,7 +15,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from convmixer_timm import ConvMixer, set_fast_training
 from convmixer_timm.kernels import build, fast
 
-from .helpers import needs_compiler, relative
+from .helpers import HAS_COMPILER, needs_compiler, relative
 
 
 def small_model(cls=ConvMixer, dim=32, **kwargs):
@@ -915,7 +915,7 @@ def test_ddp_finds_gradients_in_its_buckets_strides(tmp_path):
 @pytest.mark.parametrize("norm", ["groupnorm", nn.InstanceNorm2d])
 def test_norms_over_few_channels_get_the_layout_that_they_are_fast_in(norm, monkeypatch):
     """An evaluation stays as it came; training turns for the norm alone, but for group norms in fp32."""
-    monkeypatch.setattr(fast, "_is_little", lambda x, values: False)
+    monkeypatch.setattr(fast, "_is_little", lambda x, count: False)
     model = small_model(dim=64, norm_layer=norm)
     layouts = set()
     monkeypatch.setattr(
@@ -952,3 +952,14 @@ def test_kernels_are_left_alone_where_they_do_not_pay(calls):
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
                 model(torch.randn(images, 3, 2 * side, 2 * side))
             assert len(calls) == kernels
+
+
+@pytest.mark.parametrize("side", [94, 95, 96])
+def test_layers_agree_on_what_is_little(side, calls, monkeypatch):
+    """Patches that don't fill the image count for nothing: all layers go one way, so that features don't change."""
+    monkeypatch.setattr(fast, "_WORTH_EVALUATING", {torch.float32: 2 * 32 * 48 * 48})
+    monkeypatch.setattr(fast, "_LARGE", 2 * 32 * 48 * 48)
+    build.available()
+    with torch.no_grad():
+        evaluated()(torch.randn(2, 3, side, side))
+    assert len(calls) == (5 if side == 96 and HAS_COMPILER else 0)
