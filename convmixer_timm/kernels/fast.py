@@ -54,11 +54,9 @@ _evaluated = 0
 # Compiled evaluation calls the kernels for feature maps of so many values, of 16 or, in bf16, 4 images of 32 pixels by
 # ConvMixer-256/8. For smaller ones the calls cost more than they save, and everything is left to the compiler.
 _WORTH_A_CALL = {torch.float32: 1 << 20, torch.bfloat16: 1 << 18}
-# An evaluation as it comes calls them for maps of so many values, of 4 or, in bf16, one of these images, and in every
-# type of 4 where it is recorded for a gradient, as where `torch.no_grad()` was forgotten: each recorded call costs some
-# 0.1 ms more. With its backward pass fewer would pay.
-_WORTH_EVALUATING = {torch.float32: 1 << 18, torch.bfloat16: 1 << 16}
-_WORTH_RECORDING = 1 << 18
+# An evaluation that is recorded for a gradient, as it is where `torch.no_grad()` was forgotten, calls them for maps of
+# so many values, of 2 such images: each recorded call costs some 0.1 ms more.
+_WORTH_RECORDING = 1 << 17
 # The largest kernels by which the loops of this folder evaluate; with larger ones PyTorch's convolution is faster.
 _WIDEST = 13
 
@@ -73,9 +71,7 @@ class _Layer(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else kwargs.get("x", kwargs.get("input"))
-        if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor):
-            return super().__call__(*args, **kwargs)
-        if not self.training and _is_little(x, self._values):
+        if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or (not self.training and _is_little(x)):
             return super().__call__(*args, **kwargs)
         if not _runs_here(x) or not _is_as_made(self) or self._stays(x):
             return super().__call__(*args, **kwargs)
@@ -87,10 +83,6 @@ class _Layer(nn.Module):
                 build.available()
             x = _turned(x)
         return self._fast(x)
-
-    def _values(self, x: Tensor) -> int:
-        """How many the layer gives of `x`."""
-        return x.numel()
 
     def _stays(self, x: Tensor) -> bool:
         """Whether an evaluation is faster in the layout that it came in: with norms that lose more by channels-last
@@ -108,13 +100,6 @@ class _Layer(nn.Module):
 
 class ConvActNorm(_Layer):
     """Before a sequence of convolution, activation and norm."""
-
-    def _values(self, x):
-        conv = self[0] if len(self) else None
-        if type(conv) is not nn.Conv2d or x.dim() != 4:
-            return x.numel()
-        # As the next layer counts them, or one would take the features in another layout than that goes on in.
-        return len(x) * conv.out_channels * (x.shape[2] // conv.stride[0]) * (x.shape[3] // conv.stride[1])
 
     def _norm(self):
         return self[-1] if len(self) else None
@@ -214,19 +199,15 @@ def as_given(features: Tensor, images: Tensor) -> Tensor:
         return features
 
 
-def _is_little(x: Tensor, count: Callable[[Tensor], int]) -> bool:
-    """Whether an evaluation of `x`, to a map of so many values, is too small for the kernels to pay; if they aren't
-    built, for the layout alone.
+def _is_little(x: Tensor) -> bool:
+    """Whether `x`, of an evaluation, is too small for the kernels to pay; if they aren't built, for the layout alone.
 
     Asked first, as all the other questions take time that shows where a single image goes through a small model.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # sizes are open there
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.numel() >= _LARGE:
         return False
-    if (values := count(x)) >= _LARGE:
-        return False
-    precision = _precision(x)
-    worth = _WORTH_RECORDING if torch.is_grad_enabled() else _WORTH_EVALUATING.get(precision, 0)
-    return (values < worth or not build.available(build=False)) and not _is_slow(precision)
+    recorded = torch.is_grad_enabled() and x.numel() < _WORTH_RECORDING
+    return (recorded or not build.available(build=False)) and not _is_slow(_precision(x))
 
 
 def _plain(t: Tensor) -> bool:

@@ -15,7 +15,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from convmixer_timm import ConvMixer, set_fast_training
 from convmixer_timm.kernels import build, fast
 
-from .helpers import HAS_COMPILER, needs_compiler, relative
+from .helpers import needs_compiler, relative
 
 
 def small_model(cls=ConvMixer, dim=32, **kwargs):
@@ -174,7 +174,6 @@ def evaluated(cls=ConvMixer, **kwargs):
 @pytest.mark.parametrize("gradients", ["off", "frozen", "on"])
 def test_an_evaluation_runs_on_the_kernels(calls, monkeypatch, act_layer, precision, gradients):
     monkeypatch.setattr(fast, "_WORTH_RECORDING", 0)
-    monkeypatch.setattr(fast, "_WORTH_EVALUATING", {})
     models = [evaluated(cls, act_layer=act_layer) for cls in (ConvMixer, TimmConvMixer, TimmConvMixer)]
     x = torch.randn(4, 3, 16, 16)
     if precision == "bf16":
@@ -424,7 +423,6 @@ def nothing_built(monkeypatch, tmp_path):
 def test_the_evaluation_of_a_few_images_builds_nothing(calls, monkeypatch, tmp_path, nothing_built):
     """Building takes seconds; what is there is taken. Before, a few images go as through timm's class."""
     monkeypatch.setattr(fast, "_LARGE", 8 * 32 * 8 * 8)
-    monkeypatch.setattr(fast, "_WORTH_EVALUATING", {})
     monkeypatch.setattr(fast, "_MANY", 7 * fast._LARGE)  # a model of five maps comes to that when it is run again
     monkeypatch.setattr(fast, "_evaluated", 0)
     model = evaluated()
@@ -915,7 +913,7 @@ def test_ddp_finds_gradients_in_its_buckets_strides(tmp_path):
 @pytest.mark.parametrize("norm", ["groupnorm", nn.InstanceNorm2d])
 def test_norms_over_few_channels_get_the_layout_that_they_are_fast_in(norm, monkeypatch):
     """An evaluation stays as it came; training turns for the norm alone, but for group norms in fp32."""
-    monkeypatch.setattr(fast, "_is_little", lambda x, count: False)
+    monkeypatch.setattr(fast, "_is_little", lambda x: False)
     model = small_model(dim=64, norm_layer=norm)
     layouts = set()
     monkeypatch.setattr(
@@ -938,28 +936,3 @@ def test_norms_over_few_channels_get_the_layout_that_they_are_fast_in(norm, monk
         assert layouts == {in_rows}
         tolerance = 1e-5 if dtype is None else 0.03
         assert relative(outputs[1], outputs[0]) < tolerance and relative(usual[True], usual[False]) < tolerance
-
-
-@needs_compiler
-def test_kernels_are_left_alone_where_they_do_not_pay(calls):
-    """The stem too is measured by what it gives, not by its images."""
-    build.available()
-    model = evaluated()
-    for dtype, images in ((torch.float32, 32), (torch.bfloat16, 8)):
-        size = int((fast._WORTH_EVALUATING[dtype] // (32 * images)) ** 0.5)
-        for side, kernels in ((size - 1, 0), (size + 1, 5)):
-            calls.clear()
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-                model(torch.randn(images, 3, 2 * side, 2 * side))
-            assert len(calls) == kernels
-
-
-@pytest.mark.parametrize("side", [94, 95, 96])
-def test_layers_agree_on_what_is_little(side, calls, monkeypatch):
-    """Patches that don't fill the image count for nothing: all layers go one way, so that features don't change."""
-    monkeypatch.setattr(fast, "_WORTH_EVALUATING", {torch.float32: 2 * 32 * 48 * 48})
-    monkeypatch.setattr(fast, "_LARGE", 2 * 32 * 48 * 48)
-    build.available()
-    with torch.no_grad():
-        evaluated()(torch.randn(2, 3, side, side))
-    assert len(calls) == (5 if side == 96 and HAS_COMPILER else 0)
