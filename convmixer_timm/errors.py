@@ -20,6 +20,7 @@ __all__ = [
     "RunError",
     "alike",
     "check_hub_settings",
+    "closest",
     "file_in_place_of",
     "hub_reason",
     "hub_status",
@@ -78,11 +79,16 @@ def one_line(text: object) -> str:
     return printable(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split()))
 
 
+def closest(name: str, known: Iterable[str]) -> str:
+    """The known name that a wrong one is like; empty where it is like none."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1)), "")
+
+
 def alike(name: str, known: Iterable[str]) -> str:
     """The end of a message on a wrong name: the one that it is like, or else, of a few, all."""
     known = list(known)
-    if close := difflib.get_close_matches(name, known, 1):
-        return f": did you mean {close[0]}?"
+    if close := closest(name, known):
+        return f": did you mean {close}?"
     return f": there are {', '.join(known)}" if 0 < len(known) <= 12 else ""
 
 

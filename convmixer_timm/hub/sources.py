@@ -9,10 +9,7 @@ from typing import Any
 import timm
 import yaml
 
-from ..checkpoints import (
-    read_checkpoint,
-    to_timm_layout,
-)
+from ..checkpoints import read_checkpoint, to_timm_layout
 from ..convmixer import ConvMixer
 from ..files import as_text
 from ..images import data_config

@@ -16,7 +16,7 @@ from timm.models._hub import load_model_config_from_path
 
 from ..checkpoints import check_sizes, checkpoint_filter_fn, read_checkpoint
 from ..convmixer import ConvMixer
-from ..errors import alike
+from ..errors import closest
 from .download import download
 
 __all__ = [
@@ -143,8 +143,8 @@ def load_pretrained(name: str, device: str | torch.device = "cpu") -> nn.Module:
         there = f"With weights there are: {', '.join(known)}."
         if timm.is_model(arch) and "." not in name:
             raise ValueError(f"{name!r} has no weights. {there}")
-        guess = alike(name, known)
-        raise ValueError(f"{name!r} is not a known model{guess if 'did you mean' in guess else f'. {there}'}")
+        guess = closest(name, known)
+        raise ValueError(f"{name!r} is not a known model{f': did you mean {guess}?' if guess else f'. {there}'}")
     cfg, source = None if scheme else timm.get_pretrained_cfg(name), {}
     if scheme == "local-dir":
         return load_folder(Path(location).expanduser()).eval().to(device)

@@ -91,7 +91,7 @@ class _Layer(nn.Module):
 
     def _norm(self) -> nn.Module | None:
         """The layer's last norm, whose kind is that of the others."""
-        return None
+        return self[-1] if isinstance(self, nn.Sequential) and len(self) else None
 
     def _fast(self, x: Tensor) -> Tensor:
         """The layer of `x`, [N, C, H, W], on a CPU in channels-last."""
@@ -100,9 +100,6 @@ class _Layer(nn.Module):
 
 class ConvActNorm(_Layer):
     """Before a sequence of convolution, activation and norm."""
-
-    def _norm(self):
-        return self[-1] if len(self) else None
 
     def _fast(self, x):
         if len(self) != 3:  # a part of one, or somebody put a layer in
@@ -127,9 +124,6 @@ class Block(_Layer):
     """Before a sequence of spatial mixing, convolution, activation and norm, the latter with or without a `residual`,
     with stochastic depth at `drop_rate`."""
 
-    def _norm(self):
-        return self[-1] if len(self) else None
-
     def _fast(self, x):
         if len(self) != 4:
             return self.forward(x)
@@ -146,7 +140,7 @@ class GlobalPool(_Layer):
     and rounds less."""
 
     def _stays(self, x):
-        return not self.training and x.is_contiguous()
+        return not self.training and x.is_contiguous()  # as after layers that stayed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         # Without pooling the layout is its caller's.

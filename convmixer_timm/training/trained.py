@@ -95,8 +95,8 @@ def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
         return loading.load_pretrained(name, device)
     device = loading.usable_device(device)
     trained = read_trained(folder)
-    # Without names they are numbers, and not those of the variant's weights.
-    trained.model.pretrained_cfg["label_names"] = trained.labels or [str(i) for i in range(trained.model.num_classes)]
+    if trained.labels:
+        trained.model.pretrained_cfg["label_names"] = trained.labels
     model: nn.Module = trained.model.eval().to(device)
     return model
 
@@ -141,23 +141,23 @@ def read_trained(run: Path, checkpoint: str | None = None, ema: bool | None = No
     # Other scripts' output, avg_checkpoints' say, is the weights alone.
     weights: Any = stored["state_dict_ema"] if averaged else stored.get("state_dict", stored)
     state_dict, _ = to_timm_layout(weights)
-    if not record:  # before a model is made by them
-        check_sizes(args["model_kwargs"], state_dict, run / "args.yaml")
+    sizes, where = (record.model.args, FILE) if record else (args["model_kwargs"], "args.yaml")
+    check_sizes(sizes, state_dict, run / where)  # before a model is made by them
     described = record.model if record else _described(run / "args.yaml", args)
     model = make_model(run / checkpoint, described.architecture, described.args, state_dict)
     model.pretrained_cfg.update(described.preprocessing)
     loading.check_preprocessing(model, str(run))
     return Trained(
-        model,
-        described,
-        record.data.classes if record else _classes_of_data_set(args["dataset"]),
-        args,
-        checkpoint,
-        epoch,
-        averaged,
-        averaged == measures_average,
-        record,
-        newest,
+        model=model,
+        described=described,
+        labels=record.data.classes if record else _classes_of_data_set(args["dataset"]),
+        args=args,
+        checkpoint=checkpoint,
+        epoch=epoch,
+        averaged=averaged,
+        measured=averaged == measures_average,
+        record=record,
+        newest=newest,
     )
 
 
@@ -174,7 +174,6 @@ def make_model(file: Path, name: str, args: dict[str, Any], state_dict: StateDic
         raise ValueError(
             f"{file} has no classifier (head.weight and head.bias): it is a backbone, and classifies nothing"
         )
-    check_sizes(args, state_dict, name)
     if odd := not_finite(state_dict):
         raise ValueError(f"{file} has values that are no finite numbers in {odd[0]}: its training diverged")
     try:
