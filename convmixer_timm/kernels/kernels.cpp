@@ -9,8 +9,8 @@
 //   spatial_mixing_inference the same by a norm's running statistics, in one pass
 //
 // Activations are channels-last, [rows, channels] with rows = images x height x width, in fp32 or bf16. Everything is
-// computed in fp32, totals over rows are kept in fp64. Threads' totals join in the threads' order: the same call gives
-// the same bits. `channels` is a multiple of 16.
+// computed in fp32, only a convolution of bf16 in products of bf16 where the processor has them; totals over rows are kept
+// in fp64. Threads' totals join in the threads' order: the same call gives the same bits. `channels` is a multiple of 16.
 // GCC's and Clang's vector types stand for the registers, so one text serves AVX-512, AVX2 and NEON.
 // build.py builds this file at first use.
 #include <algorithm>
@@ -44,6 +44,7 @@ constexpr int LANES = 8, SUMS = 11;
 constexpr int LANES = 4, SUMS = 11;
 #endif
 typedef float f32 __attribute__((vector_size(4 * LANES)));
+typedef double f64 __attribute__((vector_size(8 * LANES)));
 typedef uint32_t u32 __attribute__((vector_size(4 * LANES)));
 typedef int32_t i32 __attribute__((vector_size(4 * LANES)));
 typedef uint16_t u16 __attribute__((vector_size(2 * LANES)));
@@ -79,6 +80,13 @@ inline f32 clamp(f32 v, float limit) {
     v = v > limit ? splat(limit) : v;
     return v < -limit ? splat(-limit) : v;
 #endif
+}
+
+inline void add(double *totals, f32 v) {
+    f64 sum;
+    std::memcpy(&sum, totals, sizeof sum);
+    sum += __builtin_convertvector(v, f64);
+    std::memcpy(totals, &sum, sizeof sum);
 }
 
 inline void store(float *p, f32 v) { std::memcpy(p, &v, sizeof v); }
@@ -118,8 +126,8 @@ class Scratch {
 };
 
 // ---- depthwise convolution ----
-// One image and LANES channels at a time are copied into fp32 tiles, with a zero border where the convolution reaches over
-// the edge. They stay in the cache while R x K taps at once are worked on, as many as the registers hold.
+// One image and LANES channels at a time are copied into tiles, with a zero border where the convolution reaches over the edge.
+// They stay in the cache meanwhile.
 
 // Also asks for the block of channels that comes next: its rows lie too far apart for a processor to foresee them.
 template <class T>
@@ -127,6 +135,28 @@ inline f32 load_ahead(const T *p) {
     __builtin_prefetch(p + LANES, 0, 2);
     return load(p);
 }
+
+// What a tile has of a feature map in T at each position, and how that is multiplied: the value in fp32 or, where the processor
+// multiplies pairs of bf16, the value and its neighbour to the right, as which filters and gradients are rounded too.
+template <class T>
+struct Packed {
+    static constexpr int AT_ONCE = 1;
+    static f32 round(f32 v) { return v; }
+    static f32 pack(f32 v, f32) { return v; }
+    static f32 multiply_add(f32 a, f32 b, f32 sum) { return sum + a * b; }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Packed<bf16> {
+    static constexpr int AT_ONCE = 2;
+    static f32 round(f32 v) { return (f32)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+    static f32 pack(f32 v, f32 right) { return (f32)((u32)v | (u32)right << 16); }
+    static f32 multiply_add(f32 a, f32 b, f32 sum) {
+        return (f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+};
+#endif
 
 struct Shape {
     int64_t N, C, H, W, K;
@@ -136,92 +166,165 @@ struct Shape {
     int64_t index(int64_t n, int64_t b, int64_t h, int64_t w) const { return ((n * H + h) * W + w) * C + b * LANES; }
 };
 
+constexpr int MOST = 8;  // positions of a row that a convolution makes at once
+
+template <class T>
 struct Tile {
-    int64_t width;
+    int64_t W, width;
     Vectors vectors;
     float *start, *inside;
 
-    // `before`: border rows and columns before the image, of K - 1 in all.
+    // `before`: border rows and columns before the image, of K - 1 in all. One more column takes the pairs that begin before
+    // an image without a border there, and what follows is read, for nothing, where a row has less than MOST positions.
     Tile(const Shape &s, int64_t K, int64_t before)
-        : width(s.W + K - 1), vectors((s.H + K - 1) * width), start((float *)vectors.data()),
+        : W(s.W), width(s.W + K), vectors((s.H + K - 1) * width + 1 + MOST), start((float *)(vectors.data() + 1)),
           inside(start + before * (width + 1) * LANES) {}
     float *at(int64_t h, int64_t w) { return inside + (h * width + w) * LANES; }
-};
 
-// weights[r, k] += sum over h, w of g[h, w] * x[h + r, w + k]
-struct WeightGrad {
-    template <int R, int K>
-    static void run(const float *x, int64_t x_width, float *g, int64_t g_width, int64_t H, int64_t W, float *weights) {
-        f32 a[R][K];
-        for (int r = 0; r < R; r++)
-            for (int k = 0; k < K; k++) a[r][k] = load(weights + (r * K + k) * LANES);
-        for (int64_t h = 0; h < H; h++)
-            for (int64_t w = 0; w < W; w++) {
-                const f32 gv = load(g + (h * g_width + w) * LANES);
-                const float *xv = x + (h * x_width + w) * LANES;
-#pragma GCC unroll 16
-                for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-                    for (int k = 0; k < K; k++) a[r][k] += gv * load(xv + (r * x_width + k) * LANES);
-            }
-        for (int r = 0; r < R; r++)
-            for (int k = 0; k < K; k++) store(weights + (r * K + k) * LANES, a[r][k]);
+    // Sets row h to `value(w)`.
+    template <class Value>
+    void fill(int64_t h, Value value) {
+        f32 left = {};
+        for (int64_t w = 0; w < W; w++) {
+            const f32 v = Packed<T>::round(value(w));
+            if (Packed<T>::AT_ONCE == 1) store(at(h, w), v);
+            else store(at(h, w - 1), Packed<T>::pack(left, v));
+            left = v;
+        }
+        if (Packed<T>::AT_ONCE == 2) store(at(h, W - 1), Packed<T>::pack(left, f32{}));
     }
 };
 
-// g[h, w] += sum over r, k of weights[r, k] * x[h + r, w + k]
-struct Convolution {
-    template <int R, int K>
-    static void run(const float *x, int64_t x_width, float *g, int64_t g_width, int64_t H, int64_t W, float *weights) {
-        f32 a[R][K];
-        for (int r = 0; r < R; r++)
-            for (int k = 0; k < K; k++) a[r][k] = load(weights + (r * K + k) * LANES);
-        for (int64_t h = 0; h < H; h++)
-            for (int64_t w = 0; w < W; w++) {
-                float *gv = g + (h * g_width + w) * LANES;
-                const float *xv = x + (h * x_width + w) * LANES;
-                f32 sum = load(gv);
+// line[w] = start + sum over r, k of filters[r, k] * x[r, w + k] for a row of positions, B of them at once, which share what is
+// loaded; the last B may lie over others. K is the filters' size, or 0 for any size.
+template <class T, int K, int B>
+void convolve_row(const float *x, int64_t width, const float *filters, int64_t size, int64_t W, f32 start, float *line) {
+    constexpr int S = Packed<T>::AT_ONCE, STEPS = (K + S - 1) / S;
+    const int64_t rows = K ? K : size, steps = (rows + S - 1) / S;
+    for (int64_t at = 0; at < W; at += B) {
+        const int64_t w = std::max<int64_t>(0, std::min(at, W - B));
+        f32 sums[B];
 #pragma GCC unroll 16
-                for (int r = 0; r < R; r++) {
-                    f32 part = a[r][0] * load(xv + r * x_width * LANES);  // rows don't wait for each other
+        for (int j = 0; j < B; j++) sums[j] = start;
+        const float *taps = filters;
+        for (int64_t r = 0; r < rows; r++) {
+            const float *xr = x + (r * width + w) * LANES;
+            if constexpr (K > 0) {
+                f32 a[STEPS];
 #pragma GCC unroll 16
-                    for (int k = 1; k < K; k++) part += a[r][k] * load(xv + (r * x_width + k) * LANES);
-                    sum += part;
+                for (int k = 0; k < STEPS; k++) a[k] = load(taps + k * LANES);
+#pragma GCC unroll 32
+                for (int i = 0; i < B + S * (STEPS - 1); i++) {
+                    const f32 v = load(xr + i * LANES);
+#pragma GCC unroll 16
+                    for (int k = 0; k < STEPS; k++) {
+                        const int j = i - S * k;
+                        if (j >= 0 && j < B) sums[j] = Packed<T>::multiply_add(a[k], v, sums[j]);
+                    }
                 }
-                store(gv, sum);
+            } else {
+                for (int64_t k = 0; k < steps; k++) {
+                    const f32 a = load(taps + k * LANES);
+#pragma GCC unroll 16
+                    for (int j = 0; j < B; j++) sums[j] = Packed<T>::multiply_add(a, load(xr + (S * k + j) * LANES), sums[j]);
+                }
             }
+            taps += steps * LANES;
+        }
+#pragma GCC unroll 16
+        for (int j = 0; j < B; j++) store(line + (w + j) * LANES, sums[j]);
     }
-};
-
-template <class Op, int K>
-void all_taps(const float *x, int64_t x_width, float *g, int64_t g_width, int64_t H, int64_t W, float *weights) {
-    constexpr int R = K * K <= SUMS ? K : 2 * K > SUMS ? 1 : SUMS / K, whole = K - K % R;
-    int r = 0;
-    for (; r < whole; r += R)
-        Op::template run<R, K>(x + r * x_width * LANES, x_width, g, g_width, H, W, weights + r * K * LANES);
-    for (; r < K; r++)
-        Op::template run<1, K>(x + r * x_width * LANES, x_width, g, g_width, H, W, weights + r * K * LANES);
 }
 
-template <class Op>
-void all_taps(const Shape &s, const float *x, int64_t x_width, float *g, int64_t g_width, float *weights) {
+// The convolution by filters of size K, a row of W positions at a time.
+template <class T>
+struct Convolution {
+    using Row = decltype(&convolve_row<T, 0, MOST>);
+    Row row;
+    int64_t K, W;
+    Vectors line;
+
+    Convolution(const Shape &s) : row(for_size(s.K, s.W)), K(s.K), W(s.W), line(std::max<int64_t>(W, MOST)) {}
+
+    // Row h of what is made of a tile; it stands until the next.
+    const float *at(Tile<T> &x, int64_t h, const float *filters, f32 start) {
+        row(x.start + h * x.width * LANES, x.width, filters, K, W, start, (float *)line.data());
+        return (float *)line.data();
+    }
+
+  private:
+    template <int K>
+    static Row for_width(int64_t W) {
+        int best = MOST;  // the most at once with the fewest over others
+        for (int b = MOST - 1; b > MOST / 2; b--)
+            if ((W + b - 1) / b * b < (W + best - 1) / best * best) best = b;
+        switch (best) {
+            case 5: return convolve_row<T, K, 5>;
+            case 6: return convolve_row<T, K, 6>;
+            case 7: return convolve_row<T, K, 7>;
+        }
+        return convolve_row<T, K, MOST>;
+    }
+    static Row for_size(int64_t K, int64_t W) {
+        switch (K) {
+            case 3: return for_width<3>(W);
+            case 5: return for_width<5>(W);
+            case 7: return for_width<7>(W);
+            case 9: return for_width<9>(W);
+        }
+        return for_width<0>(W);
+    }
+};
+
+// weights[r, k] += sum over h, w of g[h, w] * x[h + r, w + k], R x K of them at once, as many as the registers hold.
+template <class T, int R, int K>
+void weight_sums(Tile<T> &x, int64_t from, Tile<T> &g, int64_t H, float *weights) {
+    f32 a[R][K];
+    for (int r = 0; r < R; r++)
+        for (int k = 0; k < K; k++) a[r][k] = load(weights + (r * K + k) * LANES);
+    const int64_t width = x.width, W = g.W;
+    for (int64_t h = 0; h < H; h++) {
+        const float *xv = x.start + from + h * width * LANES, *gv = g.at(h, 0);
+        for (int64_t w = 0; w < W; w += Packed<T>::AT_ONCE) {
+            const f32 v = load(gv + w * LANES);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+                for (int k = 0; k < K; k++)
+                    a[r][k] = Packed<T>::multiply_add(v, load(xv + (r * width + k + w) * LANES), a[r][k]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int k = 0; k < K; k++) store(weights + (r * K + k) * LANES, a[r][k]);
+}
+
+template <class T, int K>
+void all_weight_sums(Tile<T> &x, Tile<T> &g, int64_t H, float *weights) {
+    constexpr int R = K * K <= SUMS ? K : 2 * K > SUMS ? 1 : SUMS / K, whole = K - K % R;
+    int r = 0;
+    for (; r < whole; r += R) weight_sums<T, R, K>(x, r * x.width * LANES, g, H, weights + r * K * LANES);
+    for (; r < K; r++) weight_sums<T, 1, K>(x, r * x.width * LANES, g, H, weights + r * K * LANES);
+}
+
+template <class T>
+void all_weight_sums(const Shape &s, Tile<T> &x, Tile<T> &g, float *weights) {
     switch (s.K) {
-        case 1: return all_taps<Op, 1>(x, x_width, g, g_width, s.H, s.W, weights);
-        case 2: return all_taps<Op, 2>(x, x_width, g, g_width, s.H, s.W, weights);
-        case 3: return all_taps<Op, 3>(x, x_width, g, g_width, s.H, s.W, weights);
-        case 4: return all_taps<Op, 4>(x, x_width, g, g_width, s.H, s.W, weights);
-        case 5: return all_taps<Op, 5>(x, x_width, g, g_width, s.H, s.W, weights);
-        case 6: return all_taps<Op, 6>(x, x_width, g, g_width, s.H, s.W, weights);
-        case 7: return all_taps<Op, 7>(x, x_width, g, g_width, s.H, s.W, weights);
-        case 8: return all_taps<Op, 8>(x, x_width, g, g_width, s.H, s.W, weights);
-        case 9: return all_taps<Op, 9>(x, x_width, g, g_width, s.H, s.W, weights);
+        case 1: return all_weight_sums<T, 1>(x, g, s.H, weights);
+        case 2: return all_weight_sums<T, 2>(x, g, s.H, weights);
+        case 3: return all_weight_sums<T, 3>(x, g, s.H, weights);
+        case 4: return all_weight_sums<T, 4>(x, g, s.H, weights);
+        case 5: return all_weight_sums<T, 5>(x, g, s.H, weights);
+        case 6: return all_weight_sums<T, 6>(x, g, s.H, weights);
+        case 7: return all_weight_sums<T, 7>(x, g, s.H, weights);
+        case 8: return all_weight_sums<T, 8>(x, g, s.H, weights);
+        case 9: return all_weight_sums<T, 9>(x, g, s.H, weights);
     }
     for (int64_t r = 0; r < s.K; r++) {
-        const float *xr = x + r * x_width * LANES;
+        const int64_t from = r * x.width * LANES;
         float *row = weights + r * s.K * LANES;
         int64_t k = 0;
-        for (; k + 8 <= s.K; k += 8) Op::template run<1, 8>(xr + k * LANES, x_width, g, g_width, s.H, s.W, row + k * LANES);
-        for (; k < s.K; k++) Op::template run<1, 1>(xr + k * LANES, x_width, g, g_width, s.H, s.W, row + k * LANES);
+        for (; k + 8 <= s.K; k += 8) weight_sums<T, 1, 8>(x, from + k * LANES, g, s.H, row + k * LANES);
+        for (; k < s.K; k++) weight_sums<T, 1, 1>(x, from + k * LANES, g, s.H, row + k * LANES);
     }
 }
 
@@ -261,26 +364,26 @@ void weight_grad(int threads, const T *x, const T *g, float *dw, float *db, cons
     AllWeightSums all(threads);
     struct Mine {
         WeightSums &sums;
-        Tile x_tile, g_tile;
+        Tile<T> x_tile, g_tile;
     };
     Scratch scratch;
 #pragma omp parallel num_threads(threads)
-    if (auto mine = scratch.make([&] { return Mine{all.mine(s), Tile(s, s.K, (s.K - 1) / 2), Tile(s, 1, 0)}; })) {
+    if (auto mine = scratch.make([&] { return Mine{all.mine(s), Tile<T>(s, s.K, (s.K - 1) / 2), Tile<T>(s, 1, 0)}; })) {
         WeightSums &sums = mine->sums;
-        Tile &x_tile = mine->x_tile, &g_tile = mine->g_tile;
+        Tile<T> &x_tile = mine->x_tile, &g_tile = mine->g_tile;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t b = 0; b < s.blocks(); b++) {
                 f32 bias = {};
-                for (int64_t h = 0; h < s.H; h++)
-                    for (int64_t w = 0; w < s.W; w++) {
-                        const int64_t i = s.index(n, b, h, w);
-                        const f32 gv = load_ahead(g + i);
+                for (int64_t h = 0; h < s.H; h++) {
+                    g_tile.fill(h, [&](int64_t w) {
+                        const f32 gv = load_ahead(g + s.index(n, b, h, w));
                         bias += gv;
-                        store(g_tile.at(h, w), gv);
-                        store(x_tile.at(h, w), load_ahead(x + i));
-                    }
-                all_taps<WeightGrad>(s, x_tile.start, x_tile.width, g_tile.inside, g_tile.width, sums.weights(b));
+                        return gv;
+                    });
+                    x_tile.fill(h, [&](int64_t w) { return load_ahead(x + s.index(n, b, h, w)); });
+                }
+                all_weight_sums(s, x_tile, g_tile, sums.weights(b));
                 sums.add_bias(b, bias);
             }
     }
@@ -606,18 +709,36 @@ void backward(int threads, const T *z, const T *dy, const float *gamma, const fl
 // Forwards the convolution's pass over memory takes the totals that the norm needs. Backwards the gradient of the
 // convolution's output lives in a tile only: both convolutions that need it are made there.
 
-// Filters [C, K, K] as [blocks, taps, LANES], on request turned by 180 degrees.
-Vectors by_block(const float *weight, const Shape &s, bool turned) {
-    Vectors out(s.blocks() * s.taps());
-    for (int64_t c = 0; c < s.C; c++)
-        for (int64_t t = 0; t < s.taps(); t++)
-            out[c / LANES * s.taps() + (turned ? s.taps() - 1 - t : t)][c % LANES] = weight[c * s.taps() + t];
-    return out;
-}
+// Filters [C, K, K] as [blocks, K, taps of a row, LANES], packed as tiles are; on request turned by 180 degrees.
+template <class T>
+struct Filters {
+    int64_t each;  // of a block
+    Vectors vectors;
+
+    Filters(const float *weight, const Shape &s, bool turned) {
+        constexpr int S = Packed<T>::AT_ONCE;
+        const int64_t steps = (s.K + S - 1) / S;
+        each = s.K * steps;
+        vectors.resize(s.blocks() * each);
+        for (int64_t b = 0; b < s.blocks(); b++)
+            for (int64_t r = 0; r < s.K; r++)
+                for (int64_t k = 0; k < s.K; k += S) {
+                    auto tap = [&](int64_t k) {
+                        f32 v = {};
+                        const int64_t t = turned ? s.taps() - 1 - (r * s.K + k) : r * s.K + k;
+                        for (int l = 0; l < LANES && k < s.K; l++) v[l] = weight[(b * LANES + l) * s.taps() + t];
+                        return Packed<T>::round(v);
+                    };
+                    vectors[b * each + r * steps + k / S] = Packed<T>::pack(tap(k), tap(k + 1));
+                }
+    }
+    const float *of(int64_t b) const { return (const float *)&vectors[b * each]; }
+};
 
 // Mean of act of the convolution at some positions, of images from first to last, for each channel.
 template <class T, class Act>
-std::vector<float> sampled(const T *x, const float *bias, Vectors &filters, const Shape &s) {
+std::vector<float> sampled(const T *x, const float *weight, const float *bias, const Shape &s) {
+    const Filters<float> filters(weight, s, false);
     std::vector<float> out(s.C);
     const int64_t before = (s.K - 1) / 2;
     for (int64_t k = 0; k < SAMPLES; k++) {
@@ -626,7 +747,8 @@ std::vector<float> sampled(const T *x, const float *bias, Vectors &filters, cons
             f32 sum = load(bias + b * LANES);
             for (int64_t t = 0; t < s.taps(); t++) {
                 const int64_t h = position / s.W + t / s.K - before, w = position % s.W + t % s.K - before;
-                if (h >= 0 && h < s.H && w >= 0 && w < s.W) sum += filters[b * s.taps() + t] * load(x + s.index(n, b, h, w));
+                if (h < 0 || h >= s.H || w < 0 || w >= s.W) continue;
+                sum += load(filters.of(b) + t * LANES) * load(x + s.index(n, b, h, w));
             }
             store(&out[b * LANES], load(&out[b * LANES]) + Act::at(sum).value * (1.f / SAMPLES));
         }
@@ -634,54 +756,58 @@ std::vector<float> sampled(const T *x, const float *bias, Vectors &filters, cons
     return out;
 }
 
-// z_tile = bias + the convolution of some rows of block b of image n, which are left in x_tile.
+// Fills a tile with some rows of block b of image n, and with what the convolution reaches of those before and after. What is
+// made of them is for the same places of `out`.
 template <class T>
-void convolve(Tile &x_tile, Tile &z_tile, const T *x, const float *bias, Vectors &filters, const Shape &s, int64_t n, int64_t b,
-              int64_t first, int64_t rows) {
+void fill_rows(Tile<T> &tile, const T *x, T *out, const Shape &s, int64_t n, int64_t b, int64_t first, int64_t rows) {
     const int64_t before = (s.K - 1) / 2;
     for (int64_t h = -before; h < rows + s.K - 1 - before; h++) {
-        const bool there = first + h >= 0 && first + h < s.H;
-        for (int64_t w = 0; w < s.W; w++) store(x_tile.at(h, w), there ? load_ahead(x + s.index(n, b, first + h, w)) : f32{});
+        if (first + h < 0 || first + h >= s.H) {
+            tile.fill(h, [](int64_t) { return f32{}; });
+            continue;
+        }
+        tile.fill(h, [&](int64_t w) {
+            const int64_t i = s.index(n, b, first + h, w);
+            __builtin_prefetch(out + i, 1, 2);
+            return load_ahead(x + i);
+        });
     }
-    for (int64_t h = 0; h < rows; h++)
-        for (int64_t w = 0; w < s.W; w++) store(z_tile.at(h, w), load(bias + b * LANES));
-    all_taps<Convolution>({s.N, s.C, rows, s.W, s.K}, x_tile.start, x_tile.width, z_tile.inside, z_tile.width,
-                          (float *)&filters[b * s.taps()]);
 }
 
 template <class T, class Act>
 void mixing_forward(int threads, const T *x, const float *weight, const float *bias, const float *gamma, const float *beta,
                     bool residual, T *y, T *z, float *mean, float *var, const Shape s, double eps) {
-    Vectors filters = by_block(weight, s, false);
-    const auto pivot = sampled<T, Act>(x, bias, filters, s);
+    const Filters<T> filters(weight, s, false);
+    const auto pivot = sampled<T, Act>(x, weight, bias, s);
     Totals totals(threads, s.C);
     struct Mine {
         std::vector<double> &sums;
-        Tile x_tile, z_tile;
+        Tile<T> tile;
+        Convolution<T> convolution;
     };
     Scratch scratch;
 #pragma omp parallel num_threads(threads)
-    if (auto mine = scratch.make([&] { return Mine{totals.mine(), Tile(s, s.K, (s.K - 1) / 2), Tile(s, 1, 0)}; })) {
+    if (auto mine = scratch.make([&] { return Mine{totals.mine(), Tile<T>(s, s.K, (s.K - 1) / 2), Convolution<T>(s)}; })) {
         std::vector<double> &sums = mine->sums;
-        Tile &x_tile = mine->x_tile, &z_tile = mine->z_tile;
+        Tile<T> &tile = mine->tile;
+        Convolution<T> &convolution = mine->convolution;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t b = 0; b < s.blocks(); b++) {
                 const int64_t c = b * LANES;
-                convolve(x_tile, z_tile, x, bias, filters, s, n, b, 0, s.H);
+                fill_rows(tile, x, z, s, n, b, 0, s.H);
                 for (int64_t h = 0; h < s.H; h++) {
+                    const float *line = convolution.at(tile, h, filters.of(b), load(bias + c));
                     f32 first = {}, second = {};
                     for (int64_t w = 0; w < s.W; w++) {
                         const int64_t i = s.index(n, b, h, w);
-                        store(z + i, load(z_tile.at(h, w)));
+                        store(z + i, load(line + w * LANES));
                         const f32 d = Act::at(load(z + i)).value - load(&pivot[c]);  // of z as it is rounded in memory
                         first += d;
                         second += d * d;
                     }
-                    for (int l = 0; l < LANES; l++) {
-                        sums[c + l] += first[l];
-                        sums[s.C + c + l] += second[l];
-                    }
+                    add(&sums[c], first);
+                    add(&sums[s.C + c], second);
                 }
             }
     }
@@ -693,34 +819,39 @@ void mixing_forward(int threads, const T *x, const float *weight, const float *b
 
 constexpr int64_t BAND = 4096;  // positions of a tile, which so stays in the cache with images of any size
 
-// The same by given statistics: what the convolution makes is normalised before it leaves its tile.
+// The same by given statistics: what the convolution makes is normalised before it leaves the cache.
 template <class T, class Act>
 void mixing_inference(int threads, const T *x, const float *weight, const float *bias, const float *gamma, const float *beta,
                       const float *mean, const float *var, bool residual, T *y, const Shape s, double eps) {
-    Vectors filters = by_block(weight, s, false);
+    const Filters<T> filters(weight, s, false);
     const Norm<Act> norm(gamma, beta, mean, var, s.C, eps);
     const int64_t band = std::min(s.H, std::max(s.K, BAND / (s.W + s.K - 1))), bands = (s.H + band - 1) / band;
     const Shape part{s.N, s.C, band, s.W, s.K};
     struct Mine {
-        Tile x_tile, z_tile;
+        Tile<T> tile;
+        Convolution<T> convolution;
     };
     Scratch scratch;
 #pragma omp parallel num_threads(threads)
-    if (auto mine = scratch.make([&] { return Mine{Tile(part, s.K, (s.K - 1) / 2), Tile(part, 1, 0)}; })) {
-        Tile &x_tile = mine->x_tile, &z_tile = mine->z_tile;
+    if (auto mine = scratch.make([&] { return Mine{Tile<T>(part, s.K, (s.K - 1) / 2), Convolution<T>(part)}; })) {
+        Tile<T> &tile = mine->tile;
+        Convolution<T> &convolution = mine->convolution;
 #pragma omp for collapse(3) schedule(static)
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t k = 0; k < bands; k++)
                 for (int64_t b = 0; b < s.blocks(); b++) {
-                    const int64_t first = k * band, rows = std::min(band, s.H - first);
-                    convolve(x_tile, z_tile, x, bias, filters, s, n, b, first, rows);
+                    const int64_t c = b * LANES, start = k * band, rows = std::min(band, s.H - start);
+                    fill_rows(tile, x, y, s, n, b, start, rows);
                     auto write = [&](auto act) {
-                        for (int64_t h = 0; h < rows; h++)
+                        for (int64_t h = 0; h < rows; h++) {
+                            const float *line = convolution.at(tile, h, filters.of(b), load(bias + c));
                             for (int64_t w = 0; w < s.W; w++) {
-                                f32 v = norm.at(act, load(z_tile.at(h, w)), b * LANES);
-                                if (residual) v += load(x_tile.at(h, w));
-                                store(y + s.index(n, b, first + h, w), v);
+                                const int64_t i = s.index(n, b, start + h, w);
+                                f32 v = norm.at(act, load(line + w * LANES), c);
+                                if (residual) v += load(x + i);
+                                store(y + i, v);
                             }
+                        }
                     };
                     if (norm.steep[b]) write(typename Act::Exact());
                     else write(Act());
@@ -735,48 +866,53 @@ void mixing_backward(int threads, const T *x, const T *z, const T *dy, const flo
                      const float *mean, const float *var, bool residual, T *dx, float *dw, float *db, float *dgamma,
                      float *dbeta, const Shape s, double eps) {
     const InputGrad<T, Act> grad(threads, z, dy, gamma, mean, var, dgamma, dbeta, s.N * s.H * s.W, s.C, eps);
-    Vectors filters = by_block(weight, s, true);
+    const Filters<T> filters(weight, s, true);
     AllWeightSums all(threads);
     struct Mine {
         WeightSums &sums;
-        Tile x_tile, dz_tile, dx_tile;
+        Tile<T> x_tile, dz_tile;
+        Convolution<T> convolution;
     };
     Scratch scratch;
 #pragma omp parallel num_threads(threads)
     if (auto mine = scratch.make([&] {
-            return Mine{all.mine(s), Tile(s, s.K, (s.K - 1) / 2), Tile(s, s.K, s.K / 2), Tile(s, 1, 0)};
+            return Mine{all.mine(s), Tile<T>(s, s.K, (s.K - 1) / 2), Tile<T>(s, s.K, s.K / 2), Convolution<T>(s)};
         })) {
         WeightSums &sums = mine->sums;
-        Tile &x_tile = mine->x_tile, &dz_tile = mine->dz_tile, &dx_tile = mine->dx_tile;
+        Tile<T> &x_tile = mine->x_tile, &dz_tile = mine->dz_tile;
+        Convolution<T> &convolution = mine->convolution;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t b = 0; b < s.blocks(); b++) {
                 const int64_t c = b * LANES;
                 f32 bias = {};
                 auto fill = [&](auto act) {
-                    for (int64_t h = 0; h < s.H; h++)
-                        for (int64_t w = 0; w < s.W; w++) {
+                    for (int64_t h = 0; h < s.H; h++) {
+                        dz_tile.fill(h, [&](int64_t w) {
                             const int64_t i = s.index(n, b, h, w);
                             if (dx) __builtin_prefetch(dx + i, 1, 2);  // to be written once both convolutions are made
-                            const f32 dyv = load_ahead(dy + i), dz = grad.at(act, load_ahead(z + i), dyv, c);
+                            const f32 dz = grad.at(act, load_ahead(z + i), load_ahead(dy + i), c);
                             bias += dz;
-                            store(dz_tile.at(h, w), dz);
-                            store(dx_tile.at(h, w), residual ? dyv : f32{});
-                            store(x_tile.at(h, w), load_ahead(x + i));
-                        }
+                            return dz;
+                        });
+                        if (dw) x_tile.fill(h, [&](int64_t w) { return load_ahead(x + s.index(n, b, h, w)); });
+                    }
                 };
                 if (grad.steep[b]) fill(typename Act::Exact());
                 else fill(Act());
                 if (dw) {
-                    all_taps<WeightGrad>(s, x_tile.start, x_tile.width, dz_tile.inside, dz_tile.width,
-                                         sums.weights(b));
+                    all_weight_sums(s, x_tile, dz_tile, sums.weights(b));
                     sums.add_bias(b, bias);
                 }
-                if (!dx) continue;
-                all_taps<Convolution>(s, dz_tile.start, dz_tile.width, dx_tile.inside, dx_tile.width,
-                                      (float *)&filters[b * s.taps()]);
-                for (int64_t h = 0; h < s.H; h++)
-                    for (int64_t w = 0; w < s.W; w++) store(dx + s.index(n, b, h, w), load(dx_tile.at(h, w)));
+                for (int64_t h = 0; dx && h < s.H; h++) {
+                    const float *line = convolution.at(dz_tile, h, filters.of(b), f32{});
+                    for (int64_t w = 0; w < s.W; w++) {
+                        const int64_t i = s.index(n, b, h, w);
+                        f32 v = load(line + w * LANES);
+                        if (residual) v += load(dy + i);
+                        store(dx + i, v);
+                    }
+                }
             }
     }
     scratch.check();
