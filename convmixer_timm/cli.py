@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         return _fail(ValueError(f"this needs the package {package}: pip install {package}"))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, RunError) as error:
         if args.started and not isinstance(error, RunError):  # a script's errors pass through as they are
             raise
         with contextlib.suppress(OSError):

@@ -53,8 +53,11 @@ _READING = {
 }
 
 
-class RunError(RuntimeError):
-    """What this package refuses while one of timm's scripts runs, whose own errors pass through."""
+class RunError(Exception):
+    """What this package refuses while one of timm's scripts runs, whose own errors pass through.
+
+    No RuntimeError: ``validate.py`` takes those, of many models, for a want of memory and tries smaller batches.
+    """
 
     def __init__(self, text: str):
         # A worker of a loader hands its errors on with the whole traceback for text, which ends in their own.

@@ -161,7 +161,9 @@ def _open(source: str | os.PathLike | BinaryIO) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, _too_large()) from error
     except Image.UnidentifiedImageError as error:
-        empty = path is not None and os.stat(path).st_size == 0
+        empty = False
+        with contextlib.suppress(OSError, ValueError):  # what can't be sought in, or is closed
+            empty = (file.seek(0, io.SEEK_END) if path is None else os.stat(path).st_size) == 0
         raise ImageError(name, "an empty file" if empty else "not an image that Pillow can read") from error
     except Exception as error:  # each of Pillow's readers has its own for what is damaged
         raise ImageError(name, _reason(error)) from error

@@ -1,5 +1,6 @@
 """A trained model, published on the Hugging Face Hub in one commit."""
 
+import contextlib
 import json
 import re
 import sys
@@ -209,7 +210,9 @@ def _send(
                 if error is None:
                     raise
                 if wait is None or not _passes_by_itself(error):
-                    raise HubError(_advice(error, repo_id, state)) from raised
+                    unsure = f"{where} may have the new commit, or pull request: look there first"
+                    told = unsure if hub_status(error) is None and _asked_for_commit(raised) else state
+                    raise HubError(_advice(error, repo_id, told)) from raised
                 print(f"{hub_reason(error)}; trying again in {wait} s", file=sys.stderr)
                 time.sleep(wait)
         raise AssertionError
@@ -304,6 +307,16 @@ def _cause(error: Exception) -> Exception | None:
         error = error.__cause__  # from an upload's thread
     # JSON that can't be read is the page of a failing proxy.
     return error if isinstance(error, (*NETWORK, json.JSONDecodeError)) else None
+
+
+def _asked_for_commit(error: BaseException | None) -> bool:
+    """Whether it was the commit itself that there was no answer to, which may have been a yes."""
+    while error is not None:
+        with contextlib.suppress(RuntimeError):  # httpx's, of an error that knows no request
+            if "/commit/" in str(getattr(getattr(error, "request", None), "url", "")):
+                return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _passes_by_itself(error: Exception) -> bool:

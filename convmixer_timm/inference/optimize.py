@@ -80,6 +80,8 @@ class OptimizedModel(nn.Module):
             expected = "x".join(map(str, (self._fixed or "N", *self._size)))
             got = "x".join(map(str, shape)) or f"a {type(x).__name__}"
             raise ValueError(f"made for images of {expected}, got {got}")
+        if x.device.type != "cpu" or x.is_complex():
+            raise ValueError(f"made for images of real numbers on the CPU, got {x.dtype} on {x.device}")
         return self._run(x)
 
     def extra_repr(self) -> str:
@@ -113,8 +115,8 @@ def optimize(
         `TOLERANCES` (checked on the example, in int8 on calibration images).
 
     Raises:
-        ValueError: If `backend` or `precision` is unknown, the model is in TorchScript, wrapped or gives no numbers, or
-            int8 has no calibration images of the example's size.
+        ValueError: If `backend` or `precision` is unknown, the model is in TorchScript, wrapped or gives no numbers,
+            the example isn't finite, int8 has no calibration images of the example's size, or another precision has some.
         RuntimeError: If this machine can't do it, or the outputs differ by more than the tolerance.
     """
     check_module(model)
@@ -130,8 +132,14 @@ def optimize(
         raise ValueError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
+    if calibration is not None and precision != "int8":
+        raise ValueError(f"calibration images are for int8, and this is {precision}: leave out one of them")
+    if not isinstance(fixed_batch, bool):
+        raise ValueError(f"fixed_batch is True or False, as the batch is the example's; got {fixed_batch!r}")
     if example_input.device.type != "cpu" or any(p.device.type != "cpu" for p in model.parameters()):
         raise ValueError("this is for CPUs: bring model and example to the CPU")
+    if example_input.is_complex() or not example_input.isfinite().all():
+        raise ValueError("the example must be of finite numbers, and real ones")
     example_input = example_input.detach().float()
     size, count = tuple(example_input.shape[1:]), len(example_input)
     batches: Batches = []

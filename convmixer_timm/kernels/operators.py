@@ -5,7 +5,8 @@ where tensors have no data (`FakeTensorMode`, `torch.compile`), and on a CPU the
 beside the layer that they belong to (depthwise.py, act_norm.py, spatial_mixing.py).
 
 Feature maps are [N, C, H, W] in fp32 or bf16, of any strides; they are worked on, and come out, in channels-last.
-Everything else is fp32.
+Everything else is fp32; a convolution of bf16 rounds its filters to bf16 where the processor multiplies in it, as
+PyTorch's does.
 """
 
 import ctypes

@@ -1,6 +1,7 @@
 """What a script of timm's takes as it comes and stumbles over late, or passes over: values, model and weights."""
 
 import importlib.util
+import math
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -46,6 +47,7 @@ _CHOICES = {
 }
 _LEAST = {
     **dict.fromkeys(("epochs", "log_interval", "val_interval", "checkpoint_hist", "grad_accum_steps", "img_size"), 1),
+    **dict.fromkeys(("batch_size", "validation_batch_size"), 1),
     **dict.fromkeys(("seed", "workers", "mixup", "cutmix", "weight_decay", "warmup_epochs", "cooldown_epochs"), 0),
 }
 _SHARES = (
@@ -53,6 +55,7 @@ _SHARES = (
     "model_ema_decay",
 )  # fmt: skip
 _PAIRS = ("scale", "ratio", "cutmix_minmax")
+_ABOVE_0 = ("std", "ratio")
 # Arguments of a model that the script itself gives it, by its own options.
 _OWN_OPTIONS = {
     "drop_rate": "drop",
@@ -134,6 +137,9 @@ def check_values(options: Namespace, made: Iterable[str] = tuple(_MADE)) -> None
 
     for name, value in given.items():
         number = isinstance(value, int | float)
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(v, float) and not math.isfinite(v) for v in several):
+            refuse(name, "is finite")
         if name in _CHOICES and value not in ("", *_CHOICES[name]):
             refuse(name, f"is one of {', '.join(_CHOICES[name])}")
         if name in _LEAST and number and value < _LEAST[name]:
@@ -142,8 +148,15 @@ def check_values(options: Namespace, made: Iterable[str] = tuple(_MADE)) -> None
             refuse(name, "is a share, from 0 to 1")
         if name == "crop_pct" and not 0 < value <= 1:
             refuse(name, "is the share of the side that is looked at, above 0 and up to 1")
-        if name in _PAIRS and len(value) != 2:
+        if name in _PAIRS and (len(value) != 2 or value[0] > value[1]):
             refuse(name, "takes two numbers, the least and the greatest")
+        if name in _ABOVE_0 and min(value) <= 0:
+            refuse(name, "is above 0")
+        if name == "scale" and not (value[0] >= 0 and 0 < value[1] <= 1):
+            refuse(name, "is shares of the image's area, above 0 and up to 1")
+        last_seed = 2**32 - world_info_from_env()[2]  # each process adds its number, and NumPy takes 32 bits
+        if name == "seed" and value > last_seed:
+            refuse(name, f"is {last_seed} or less")
         if name == "input_size" and min(value) < 1:
             refuse(name, "is channels, height and width, each 1 or more")
         if name == "aug_splits" and value == 1:
@@ -232,8 +245,18 @@ def passed_over(options: Namespace, defaults: Namespace) -> list[str]:
     if given.get("bce_loss") and not given.get("smoothing") and not _mixes(options):
         out.append("--bce-loss is passed over where nothing is smoothed or mixed: give --smoothing 1e-9 to have it")
     source = str(given.get("dataset") or "").partition("/")[0].lower()
-    if given.get("epoch_repeats") and source not in ("tfds", "wds", "hfids"):
-        out.append("--epoch-repeats is passed over but for streams (tfds/, wds/, hfids/): give more --epochs")
+    if source not in ("tfds", "wds", "hfids"):
+        if given.get("epoch_repeats"):
+            out.append("--epoch-repeats is passed over but for streams (tfds/, wds/, hfids/): give more --epochs")
+        for name in ("train_num_samples", "val_num_samples"):
+            if given.get(name) is not None:
+                out.append(f"--{name} is passed over but for streams (tfds/, wds/, hfids/)".replace("_", "-"))
+    if (size := given.get("img_size")) and given.get("input_size") and options.input_size[1:] != [size, size]:
+        counts = " ".join(map(str, options.input_size))
+        out.append(f"--img-size {size} is passed over beside --input-size {counts}")
+    warmup = 0 if given.get("warmup_prefix") else given.get("warmup_epochs") or 0
+    if warmup and warmup >= options.epochs:
+        out.append(f"the learning rate still climbs when it ends: of {options.epochs} epochs, --warmup-epochs {warmup}")
     return out
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from timm.data import create_dataset
 from timm.data.readers.img_extensions import add_img_extensions
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers.reader_image_tar import ReaderImageTar
 from timm.utils import natural_key
 from torch.utils.data import IterableDataset
 
@@ -90,8 +93,6 @@ def check_training_data(args: Namespace, processes: int = 1) -> Data:
         ValueError: With one line that names what is wrong.
     """
     check_root(args)
-    if args.batch_size < 1:
-        raise ValueError(f"a batch has 1 image or more, got {args.batch_size}: give -b a number")
     train = _Reading(args, args.train_split)
     if train.in_root:
         raise ValueError(
@@ -230,6 +231,12 @@ class _Reading:
         self.given = getattr(args, "num_classes", None)
         self.dataset: Any = _open(args, split, self.where)
         self.reader: Any = getattr(self.dataset, "reader", self.dataset)
+        if self.kind and isinstance(self.reader, (ReaderImageFolder, ReaderImageInTar, ReaderImageTar)):
+            raise ValueError(
+                f"--dataset {args.dataset}: timm has no reader {args.dataset.partition('/')[0]}/, and would read "
+                f"{args.data_dir} as a folder of images: leave it out for that; there are torch/, hfds/, hfids/, tfds/ "
+                "and wds/"
+            )
         self.iterable = isinstance(self.dataset, IterableDataset)
         if self.kind == "hfds":
             told = [getattr(args, name, None) for name in ("input_key", "target_key")]
@@ -376,11 +383,14 @@ def names_repeat(args: Namespace) -> bool:
     """Whether images in different ones of a folder's folders have the same name.
 
     Raises:
-        ValueError: If the folder can't be read.
+        ValueError: If the folder can't be read, or a name can't be written to a table.
     """
     if args.dataset:
         return False
-    names = _open(args, args.split, args.data_dir).filenames(basename=True)
+    dataset = _open(args, args.split, args.data_dir)
+    if odd := [name for name in dataset.filenames() if any("\ud800" <= c <= "\udfff" for c in name)]:
+        raise ValueError(f"{as_text(odd[0])} has a name that is no text in this locale, as a table needs it: rename it")
+    names = dataset.filenames(basename=True)
     return len(set(names)) < len(names)
 
 

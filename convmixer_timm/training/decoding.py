@@ -8,7 +8,7 @@ import contextlib
 import functools
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from timm.data.readers.img_extensions import add_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.distributed import world_info_from_env
 
-from ..errors import RunError
+from ..errors import RunError, os_reason
 from ..images import ImageError, known_extensions, load_in_mode
 
 __all__ = ["use_one_reader"]
@@ -105,10 +105,12 @@ class _Reader:
     def __getitem__(self, index: int) -> tuple:
         if self._pixels and (kept := self._pixels.get(index)):
             return _Image(lambda: kept), self._reader.samples[index][1]
-        file, *rest = self._reader[index]
         if not self._training:  # here, as older timm takes the next image whatever `read` raises
-            image = _load_or_end(file, self._mode)
+            with _ending():
+                file, *rest = self._reader[index]
+                image = self._load(file)
             return (_Image(lambda: image), *rest)
+        file, *rest = self._reader[index]
         return (_Image(lambda: self._load_and_keep(index, file)), *rest)
 
     def __len__(self) -> int:
@@ -123,11 +125,19 @@ class _Reader:
         return getattr(self._reader, name)
 
 
-def _load_or_end(file: Any, mode: str = "RGB") -> Image.Image:
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """Ends the script by a `RunError` for a file that can't be opened or read."""
     try:
-        return load_in_mode(file, mode)
-    except ImageError as error:
-        raise RunError(f"{error}: mend the file, or move it away") from error
+        yield
+    except OSError as error:
+        reason = str(error) if isinstance(error, ImageError) else f"{error.filename or 'an image'}: {os_reason(error)}"
+        raise RunError(f"{reason}: mend the file, or move it away") from error
+
+
+def _load_or_end(file: Any) -> Image.Image:
+    with _ending():
+        return load_in_mode(file, "RGB")
 
 
 class OneReaderDataset(ImageDataset):

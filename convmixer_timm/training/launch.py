@@ -114,6 +114,10 @@ def train_arguments(recipe: str, args: list[str]) -> list[str]:
     if not given("experiment"):
         seed = given("seed")
         out += ["--experiment", path.stem + (f"-seed{seed}" if seed is not None else "")]
+    size = _given(args, "--img-size") or ""
+    if size.isdecimal() and told.get("input_size") and not _given(args, "--input-size"):
+        # Of the two train.py takes this one, which would be the recipe's.
+        args = [*args, "--input-size", str(told["input_size"][0]), size, size]
     return [*out, *args]
 
 
@@ -207,7 +211,7 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
     if resumed and not resumed.is_file():
         raise ValueError(f"--resume {resumed}: no such file")
     run = _earlier_run(options, resumed, recipe)
-    start = 0
+    start = options.start_epoch or 0
     if checkpoint := resumed or (run and run / LAST):
         going_on = _going_on(checkpoint, record, options)
         if going_on is None:
@@ -223,6 +227,8 @@ def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str]
             if _is_first():
                 reserve(run)
             keep_best(record.alike_since(), start)
+    elif start >= (epochs := scheduled_epochs(options)):
+        raise ValueError(f"--start-epoch {start} of {epochs} epochs: nothing would be trained")
     _say(f"Data: {data}")
     for note in left_out(data) if _is_first() else ():
         _say(note)

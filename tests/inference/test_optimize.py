@@ -248,6 +248,13 @@ def test_what_cannot_be_done_is_said(model, images, tmp_path, monkeypatch):
         optimize(model, images, "tensorrt")
     with pytest.raises(ValueError, match="no precision 'fp8'"):
         optimize(model, images, precision="fp8")
+    with pytest.raises(ValueError, match="calibration images are for int8, and this is fp32: leave out one of them"):
+        optimize(model, images, calibration=tmp_path / "none")
+    with pytest.raises(ValueError, match="fixed_batch is True or False, as the batch is the example's; got 8"):
+        optimize(model, images, fixed_batch=8)
+    for odd in (images * torch.nan, images + 1j):
+        with pytest.raises(ValueError, match="the example must be of finite numbers, and real ones"):
+            optimize(model, odd)
     with pytest.raises(ValueError, match="int8 needs calibration images"):
         optimize(model, images, precision="int8")
     with pytest.raises(ValueError, match="no calibration images in"):
@@ -489,6 +496,8 @@ def test_an_optimised_model_is_of_its_process(model, images, eager):
 
 @pytest.mark.parametrize("wrong, got", [([1], "a list"), (None, "a NoneType"), (np.zeros((1, 3, 32, 32)), "a ndarray")])
 def test_what_is_no_tensor_is_said(wrong, got, model, images, eager):
+    with pytest.raises(ValueError, match="made for images of real numbers on the CPU, got"):
+        optimize(model, images[:2])(images.to("meta"))
     with pytest.raises(ValueError, match=f"^made for images of Nx3x32x32, got {got}$"):
         optimize(model, images[:2])(wrong)
 

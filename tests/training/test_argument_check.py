@@ -1,5 +1,6 @@
 """Arguments of timm's scripts, looked at before they run."""
 
+import math
 from argparse import Namespace
 
 import pytest
@@ -58,7 +59,15 @@ def check(classes=("ant", "bee"), **given):
         ({"remode": "nope"}, "--remode is one of pixel, rand, const, got nope"),
         ({"clip_mode": "nope"}, "--clip-mode is one of norm, value, agc, got nope"),
         ({"seed": -1}, "--seed is 0 or more, got -1"),
+        ({"seed": 2**32}, "--seed is 4294967295 or less, got 4294967296"),
         ({"ratio": [1.0]}, "--ratio takes two numbers"),
+        ({"ratio": [0.0, 1.0]}, "--ratio is above 0, got [0.0, 1.0]"),
+        ({"scale": [1.0, 0.5]}, "--scale takes two numbers, the least and the greatest, got [1.0, 0.5]"),
+        ({"scale": [0.5, 2.0]}, "--scale is shares of the image's area, above 0 and up to 1, got [0.5, 2.0]"),
+        ({"std": [0.0, 0.2, 0.2]}, "--std is above 0, got [0.0, 0.2, 0.2]"),
+        ({"mean": [0.5, math.nan, 0.5]}, "--mean is finite, got [0.5, nan, 0.5]"),
+        ({"mixup": math.inf}, "--mixup is finite, got inf"),
+        ({"validation_batch_size": -3}, "--validation-batch-size is 1 or more, got -3"),
         ({"amp_dtype": "bf16"}, "--amp-dtype is one of float16, bfloat16, got bf16"),
         ({"amp": False, "model_dtype": "half"}, "--model-dtype is one of float32, float16, bfloat16, got half"),
         ({"amp": True, "model_dtype": "bfloat16"}, "--model-dtype is float32 beside --amp, got bfloat16"),
@@ -138,6 +147,13 @@ def test_arguments_that_train_py_passes_over():
     [line] = passed_over(options_of(epoch_repeats=3.0), options_of())
     assert line.startswith("--epoch-repeats is passed over but for streams")
     assert passed_over(options_of(epoch_repeats=3.0, dataset="wds/x"), options_of()) == []
+    [line] = passed_over(options_of(train_num_samples=3, dataset=""), options_of())
+    assert line == "--train-num-samples is passed over but for streams (tfds/, wds/, hfids/)"
+    [line] = passed_over(options_of(img_size=64, input_size=[3, 32, 32]), options_of())
+    assert line == "--img-size 64 is passed over beside --input-size 3 32 32"
+    [line] = passed_over(options_of(epochs=3, warmup_epochs=5), options_of())
+    assert line == "the learning rate still climbs when it ends: of 3 epochs, --warmup-epochs 5"
+    assert passed_over(options_of(epochs=3, warmup_epochs=5, warmup_prefix=True), options_of()) == []
     slow = options_of(amp=True, amp_dtype="float16", device="cpu")
     assert passed_over(slow, defaults) == [
         "--amp trains in float16, which is slower on a CPU than bfloat16: give --amp-dtype bfloat16"

@@ -148,6 +148,14 @@ def test_files_that_are_no_images_by_their_names(tmp_path):
         check(tmp_path)
 
 
+@pytest.mark.parametrize("dataset", ["folder/x", "nosuch/train"])
+def test_a_reader_that_timm_does_not_have(dataset, tmp_path):
+    """timm would take the folder, and none of what it lacks would be seen."""
+    make_data(tmp_path)
+    with pytest.raises(ValueError, match=f"--dataset {dataset}: timm has no reader {dataset.split('/')[0]}/, and"):
+        check(tmp_path, dataset=dataset)
+
+
 def test_splits_that_hold_nothing(tmp_path):
     make_data(tmp_path, splits=("train",))
     (tmp_path / "validation").mkdir()

@@ -123,8 +123,12 @@ def test_modes_keep_what_an_image_has(mode, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_measures_ends_at_an_image_that_cannot_be_read(workers, folder):
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_measures_ends_at_an_image_that_cannot_be_read(workers, gone, folder):
     """timm takes the next in its place, which would count twice."""
+    if gone:
+        (folder / "a/5.bmp").unlink()
+        (folder / "a/5.bmp").symlink_to("nowhere")
     code = f"""
 from torch.utils.data import DataLoader
 from timm.data import create_dataset
@@ -141,7 +145,8 @@ for dataset in ("", "torch/image_folder"):
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    line = f"{folder}/a/5.bmp: not an image that Pillow can read: mend the file, or move it away"
+    reason = "no such file" if gone else "not an image that Pillow can read"
+    line = f"{folder}/a/5.bmp: {reason}: mend the file, or move it away"
     assert done.stdout.splitlines() == [line] * 2, done.stderr
 
 

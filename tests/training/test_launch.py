@@ -312,7 +312,7 @@ def test_a_summary_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         ("bn_eps: 0.1\nmodel: convmixer_128_4\nbatch_size: 2", "unexpected keyword argument 'bn_eps'"),
         ("amp: 3", "amp has to be true or false, and is 3"),
         ("device_modules: own", "device_modules has to be a list of texts, and is 'own'"),
-        ("batch_size: 0", "a batch has 1 image or more, got 0"),
+        ("batch_size: 0", "--batch-size is 1 or more, got 0"),
         ("epochs: 0", "--epochs is 1 or more, got 0"),
         ("workers: -1", "--workers is 0 or more, got -1"),
         ("model_kwargs: [depth=1]", "model_kwargs has to be lines of NAME: VALUE below it, and is ['depth=1']"),
@@ -350,6 +350,12 @@ def test_the_users_options_win_however_short(tmp_path):
     arguments = train_arguments("cifar10_e25", ["--ex", "mine", "--ou", "here"])
     assert arguments[-4:] == ["--ex", "mine", "--ou", "here"]
     assert "--experiment" not in arguments and "--output" not in arguments
+
+
+def test_a_size_by_either_option_wins_over_the_recipes(tmp_path):
+    assert train_arguments("cifar10_e25", ["--img-size", "40"])[-4:] == ["--input-size", "3", "40", "40"]
+    both = ["--img-size", "40", "--input-size", "3", "24", "24"]
+    assert train_arguments("cifar10_e25", both)[-6:] == both
 
 
 def test_the_scripts_folder_comes_first(capsys):

@@ -73,6 +73,7 @@ def test_what_makes_another_run():
         ({"seed": 1}, "seed is 42 there and 1 here"),
         ({"lr": 0.1}, "lr is None there and 0.1 here"),
         ({"root": "/b", "digest": "2"}, "/data/insects/train"),
+        ({"digest": "2"}, "has files of other names, sizes or contents there"),
         ({"classes": ("ant", "wasp")}, "ant, wasp"),
         ({"model_kwargs": {"depth": 2}}, "depth"),
         ({"processes": 2}, "1 processes there and 2 here"),
