@@ -130,7 +130,8 @@ def publish(
     Raises:
         FileNotFoundError: If there is no such source.
         ValueError: If the source can't be packed, its copy computes something else, or the arguments don't go together.
-        HubError: If the Hub refuses or can't be reached. The repository is as it was before.
+        HubError: If the Hub refuses or can't be reached. The repository is as it was before, unless the message says
+            that it may have the commit, whose answer didn't come.
     """
     source = Path(source).expanduser()
     labels = labels if labels is None or isinstance(labels, str) else list(labels)

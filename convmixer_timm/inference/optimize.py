@@ -116,7 +116,7 @@ def optimize(
 
     Raises:
         ValueError: If `backend` or `precision` is unknown, the model is in TorchScript, wrapped or gives no numbers,
-            the example isn't finite, int8 has no calibration images of the example's size, or another precision has some.
+            the example isn't finite, int8 has no calibration images of the example's size, or another precision some.
         RuntimeError: If this machine can't do it, or the outputs differ by more than the tolerance.
     """
     check_module(model)

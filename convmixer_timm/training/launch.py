@@ -114,10 +114,10 @@ def train_arguments(recipe: str, args: list[str]) -> list[str]:
     if not given("experiment"):
         seed = given("seed")
         out += ["--experiment", path.stem + (f"-seed{seed}" if seed is not None else "")]
-    size = _given(args, "--img-size") or ""
-    if size.isdecimal() and told.get("input_size") and not _given(args, "--input-size"):
+    size, sizes = _given(args, "--img-size") or "", told.get("input_size")
+    if size.isdecimal() and sizes and isinstance(sizes, list) and not _given(args, "--input-size"):
         # Of the two train.py takes this one, which would be the recipe's.
-        args = [*args, "--input-size", str(told["input_size"][0]), size, size]
+        args = [*args, "--input-size", str(sizes[0]), size, size]
     return [*out, *args]
 
 

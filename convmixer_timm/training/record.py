@@ -189,12 +189,10 @@ class Record:
         digests = [{name: s.digest for name, s in record.data.splits.items()} for record in (self, other)]
         if digests[0] != digests[1] or self.data.classes != other.data.classes:
             there, here = (str(record.data) if places else record.data.described() for record in (other, self))
-            same = there == here
-            out.append(
-                f"its data ({here}) has files of other names, sizes or contents there"
-                if same
-                else f"its data is ({there}) there and ({here}) here"
-            )
+            if there == here:
+                out.append(f"its data ({here}) has files of other names, sizes or contents there")
+            else:
+                out.append(f"its data is ({there}) there and ({here}) here")
         for name, (there, here) in self.other_arguments(other).items():
             if name not in _INCIDENTAL:
                 out.append(f"{name} is {there!r} there and {here!r} here")
