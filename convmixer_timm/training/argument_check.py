@@ -256,7 +256,9 @@ def passed_over(options: Namespace, defaults: Namespace) -> list[str]:
         out.append(f"--img-size {size} is passed over beside --input-size {counts}")
     warmup = 0 if given.get("warmup_prefix") else given.get("warmup_epochs") or 0
     if warmup and warmup >= options.epochs:
-        out.append(f"the learning rate still climbs when it ends: of {options.epochs} epochs, --warmup-epochs {warmup}")
+        out.append(
+            f"--warmup-epochs {warmup} of {options.epochs}: the learning rate still climbs when the training ends"
+        )
     return out
 
 

@@ -152,7 +152,7 @@ def test_arguments_that_train_py_passes_over():
     [line] = passed_over(options_of(img_size=64, input_size=[3, 32, 32]), options_of())
     assert line == "--img-size 64 is passed over beside --input-size 3 32 32"
     [line] = passed_over(options_of(epochs=3, warmup_epochs=5), options_of())
-    assert line == "the learning rate still climbs when it ends: of 3 epochs, --warmup-epochs 5"
+    assert line == "--warmup-epochs 5 of 3: the learning rate still climbs when the training ends"
     assert passed_over(options_of(epochs=3, warmup_epochs=5, warmup_prefix=True), options_of()) == []
     slow = options_of(amp=True, amp_dtype="float16", device="cpu")
     assert passed_over(slow, defaults) == [
