@@ -264,6 +264,11 @@ def stored_config(name: str) -> dict[str, Any]:
         return cfg.to_dict() if cfg else {}
     if scheme == "local-dir":
         file = Path(location) / "config.json"
+        if not file.is_file() and any(file.with_name(name).is_file() for name in (FILE, "args.yaml")):
+            raise ValueError(
+                f"{location} is the output of a training: give its variant as --model, and one of its checkpoints by "
+                "--checkpoint to measure it, or by --pretrained --pretrained-path to train on from it"
+            )
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
             return {**config, **config.get("pretrained_cfg", {})}

@@ -333,6 +333,8 @@ def test_a_run_from_a_packed_folder(train, tmp_path, capsys):
     run = tmp_path / "output/train/finetune"
     assert main(["publish", str(run), "--repo-id", "ann/x", "--dry-run"]) == 0
     assert "v1.2" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is the output of a training: give its variant as --model, and one of its"):
+        describe_model(Namespace(model=f"local-dir:{run}"))
     tuned = torch.load(run / "last.pth.tar", weights_only=False)["state_dict"]["stem.0.weight"]
     assert (tuned - load_file(PACKED / "model.safetensors")["stem.0.weight"]).abs().max() < 0.1
 
