@@ -57,8 +57,8 @@ _WORTH_A_CALL = {torch.float32: 1 << 20, torch.bfloat16: 1 << 18}
 # An evaluation that is recorded for a gradient, as it is where `torch.no_grad()` was forgotten, calls them for maps of
 # so many values, of 2 such images: each recorded call costs some 0.1 ms more.
 _WORTH_RECORDING = 1 << 17
-# The largest kernels by which the loops of this folder evaluate; with larger ones PyTorch's convolution is faster.
-_WIDEST = 13
+# The largest kernels by which the loops of this folder evaluate; with larger ones PyTorch's fp32 convolution is faster.
+_WIDEST = 21
 
 
 class _Layer(nn.Module):

@@ -746,7 +746,7 @@ def test_a_residual_of_fp32_under_autocast_is_fp32(way, training):
 def test_large_kernels_are_evaluated_by_pytorchs_convolution(calls):
     model = small_model().eval()
     for block in model.blocks:
-        block[0].fn[0] = nn.Conv2d(32, 32, 15, groups=32, padding="same")
+        block[0].fn[0] = nn.Conv2d(32, 32, 23, groups=32, padding="same")
     with torch.no_grad():
         model(torch.randn(4, 3, 16, 16))
     assert "spatial_mixing_inference" not in calls
