@@ -16,8 +16,8 @@ from ..images import data_config
 from ..inference.labels import check_labels
 from ..inference.loading import load_folder, split_name
 from ..training.history import as_csv, figure, read_history
-from ..training.record import Record
-from ..training.trained import is_run, make_model, read_trained, saying_damage
+from ..training.record import Record, is_run
+from ..training.trained import make_model, read_trained, saying_damage
 from .cards import Evaluation, Training
 
 __all__ = ["Source", "read_checkpoint_file", "read_run", "read_source"]

@@ -13,10 +13,16 @@ from PIL import Image
 from ..errors import one_line
 from ..images import ImageError, find_images, image_loader
 
-__all__ = ["calibration_batches"]
+__all__ = ["calibration_batches", "check_calibration"]
 
 _logger = logging.getLogger(__name__)
 _ENOUGH = 300
+
+
+def check_calibration(source: Any, precision: str) -> None:
+    """Raises ValueError for calibration images that nothing would be done with."""
+    if source is not None and precision != "int8":
+        raise ValueError(f"calibration images are for int8, and this is {precision}: leave out one of them")
 
 
 def calibration_batches(

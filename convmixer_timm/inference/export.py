@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from ..files import folder_beside
 from ..images import data_config
-from .calibration import calibration_batches
+from .calibration import calibration_batches, check_calibration
 from .class_map import ClassMap, has_class_map
 from .engines import onnx_program, openvino_model, quantized, quiet, unavailable
 from .labels import check_labels, class_names
@@ -77,8 +77,7 @@ def export(
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
     if precision not in FORMATS[format]:
         raise ValueError(f"{format} is written in {' or '.join(FORMATS[format])}, not in {precision!r}")
-    if calibration is not None and precision != "int8":
-        raise ValueError(f"calibration images are for int8, and this is {precision}: leave out one of them")
+    check_calibration(calibration, precision)
     if class_map and format != "onnx":
         raise ValueError(f"class maps are written in ONNX, not in {format}")
     if class_map and not has_class_map(model):

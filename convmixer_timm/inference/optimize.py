@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from ..errors import one_line
 from ..files import atomic_path, cache_dir
-from .calibration import calibration_batches
+from .calibration import calibration_batches, check_calibration
 from .engines import BACKENDS, PRECISIONS, Batches, Run, no_autocast, quiet, unavailable
 from .folding import fold_norms
 from .loading import check_finite, check_module, uncompiled
@@ -132,8 +132,7 @@ def optimize(
         raise ValueError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
-    if calibration is not None and precision != "int8":
-        raise ValueError(f"calibration images are for int8, and this is {precision}: leave out one of them")
+    check_calibration(calibration, precision)
     if not isinstance(fixed_batch, bool):
         raise ValueError(f"fixed_batch is True or False, as the batch is the example's; got {fixed_batch!r}")
     if example_input.device.type != "cpu" or any(p.device.type != "cpu" for p in model.parameters()):

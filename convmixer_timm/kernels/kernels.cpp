@@ -236,19 +236,19 @@ void convolve_row(const float *x, int64_t width, const float *filters, int64_t s
     }
 }
 
-// The convolution by filters of size K, a row of W positions at a time.
+// The convolution by filters of size K, a row at a time.
 template <class T>
 struct Convolution {
     using Row = decltype(&convolve_row<T, 0, MOST>);
     Row row;
-    int64_t K, W;
+    int64_t K;
     Vectors line;
 
-    Convolution(const Shape &s) : row(for_size(s.K, s.W)), K(s.K), W(s.W), line(std::max<int64_t>(W, MOST)) {}
+    explicit Convolution(const Shape &s) : row(for_size(s.K, s.W)), K(s.K), line(std::max<int64_t>(s.W, MOST)) {}
 
     // Row h of what is made of a tile; it stands until the next.
     const float *at(Tile<T> &x, int64_t h, const float *filters, f32 start) {
-        row(x.start + h * x.width * LANES, x.width, filters, K, W, start, (float *)line.data());
+        row(x.start + h * x.width * LANES, x.width, filters, K, x.W, start, (float *)line.data());
         return (float *)line.data();
     }
 
@@ -522,9 +522,9 @@ std::vector<double> column_sums(int threads, int64_t rows, int64_t C, Terms term
             for (auto &v : part) v = f32{};
             for (int64_t r = k * CHUNK; r < end; r++)
                 for (int64_t c = 0; c < C; c += LANES) terms(r * C + c, c, part[2 * c / LANES], part[2 * c / LANES + 1]);
-            for (int64_t c = 0; c < C; c++) {
-                sums[c] += part[c / LANES * 2][c % LANES];
-                sums[C + c] += part[c / LANES * 2 + 1][c % LANES];
+            for (int64_t c = 0; c < C; c += LANES) {
+                add(&sums[c], part[2 * c / LANES]);
+                add(&sums[C + c], part[2 * c / LANES + 1]);
             }
         }
     }
@@ -546,10 +546,8 @@ void sum_again(int threads, int64_t rows, int64_t C, const Blocks &which, std::v
         for (int64_t start = 0; start < rows; start += CHUNK) {
             f32 first = {}, second = {};
             for (int64_t r = start; r < rows && r < start + CHUNK; r++) terms(r * C + c, c, first, second);
-            for (int l = 0; l < LANES; l++) {
-                firsts[l] += first[l];
-                seconds[l] += second[l];
-            }
+            add(firsts, first);
+            add(seconds, second);
         }
     }
 }

@@ -154,9 +154,9 @@ def check_values(options: Namespace, made: Iterable[str] = tuple(_MADE)) -> None
             refuse(name, "is above 0")
         if name == "scale" and not (value[0] >= 0 and 0 < value[1] <= 1):
             refuse(name, "is shares of the image's area, above 0 and up to 1")
-        last_seed = 2**32 - world_info_from_env()[2]  # each process adds its number, and NumPy takes 32 bits
-        if name == "seed" and value > last_seed:
-            refuse(name, f"is {last_seed} or less")
+        # Each process adds its number, and NumPy takes 32 bits.
+        if name == "seed" and value > (most := 2**32 - world_info_from_env()[2]):
+            refuse(name, f"is {most} or less")
         if name == "input_size" and min(value) < 1:
             refuse(name, "is channels, height and width, each 1 or more")
         if name == "aug_splits" and value == 1:

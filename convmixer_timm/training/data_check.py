@@ -388,7 +388,7 @@ def names_repeat(args: Namespace) -> bool:
     if args.dataset:
         return False
     dataset = _open(args, args.split, args.data_dir)
-    if odd := [name for name in dataset.filenames() if any("\ud800" <= c <= "\udfff" for c in name)]:
+    if odd := [name for name in dataset.filenames() if as_text(name) != name]:
         raise ValueError(f"{as_text(odd[0])} has a name that is no text in this locale, as a table needs it: rename it")
     names = dataset.filenames(basename=True)
     return len(set(names)) < len(names)

@@ -30,7 +30,16 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Model", "Record", "describe_model", "reserve", "stored_config", "stored_names", "write_when_it_starts"]
+__all__ = [
+    "Model",
+    "Record",
+    "describe_model",
+    "is_run",
+    "reserve",
+    "stored_config",
+    "stored_names",
+    "write_when_it_starts",
+]
 
 FILE = "run.json"
 
@@ -251,6 +260,11 @@ def describe_model(args: Namespace) -> Model:
     )
 
 
+def is_run(folder: Path) -> bool:
+    """Whether ``train.py`` wrote into a folder."""
+    return any((folder / name).is_file() for name in (FILE, "args.yaml"))
+
+
 def stored_config(name: str) -> dict[str, Any]:
     """The pretrained configuration of a registered model, one of the Hub or a packed folder, with its arguments.
 
@@ -264,7 +278,7 @@ def stored_config(name: str) -> dict[str, Any]:
         return cfg.to_dict() if cfg else {}
     if scheme == "local-dir":
         file = Path(location) / "config.json"
-        if not file.is_file() and any(file.with_name(name).is_file() for name in (FILE, "args.yaml")):
+        if not file.is_file() and is_run(file.parent):
             raise ValueError(
                 f"{location} is the output of a training: give its variant as --model, and one of its checkpoints by "
                 "--checkpoint to measure it, or by --pretrained --pretrained-path to train on from it"

@@ -24,9 +24,9 @@ from ..checkpoints import (
 from ..convmixer import CIFAR10_LABELS
 from ..errors import one_line
 from ..inference import loading
-from .record import FILE, Model, Record, describe_model
+from .record import FILE, Model, Record, describe_model, is_run
 
-__all__ = ["Trained", "is_run", "load_model", "make_model", "read_trained", "saying_damage"]
+__all__ = ["Trained", "load_model", "make_model", "read_trained", "saying_damage"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -99,11 +99,6 @@ def load_model(name: str, device: str | torch.device = "cpu") -> nn.Module:
         trained.model.pretrained_cfg["label_names"] = trained.labels
     model: nn.Module = trained.model.eval().to(device)
     return model
-
-
-def is_run(folder: Path) -> bool:
-    """Whether ``train.py`` wrote into a folder."""
-    return any((folder / name).is_file() for name in (FILE, "args.yaml"))
 
 
 @saying_damage
