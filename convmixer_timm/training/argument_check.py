@@ -47,15 +47,19 @@ _CHOICES = {
 }
 _LEAST = {
     **dict.fromkeys(("epochs", "log_interval", "val_interval", "checkpoint_hist", "grad_accum_steps", "img_size"), 1),
-    **dict.fromkeys(("batch_size", "validation_batch_size"), 1),
+    **dict.fromkeys(("batch_size", "validation_batch_size", "train_batches_per_epoch", "recount"), 1),
     **dict.fromkeys(("seed", "workers", "mixup", "cutmix", "weight_decay", "warmup_epochs", "cooldown_epochs"), 0),
+    **dict.fromkeys(("start_epoch", "min_lr", "warmup_lr", "layer_decay", "color_jitter", "aug_splits"), 0),
+    "num_bench_iter": 5,  # benchmark.py logs at each fifth of them
 }
 _SHARES = (
     "smoothing", "mixup_prob", "mixup_switch_prob", "hflip", "vflip", "reprob", "drop", "drop_path", "drop_block",
-    "model_ema_decay",
+    "model_ema_decay", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob",
 )  # fmt: skip
 _PAIRS = ("scale", "ratio", "cutmix_minmax")
-_ABOVE_0 = ("std", "ratio")
+_ABOVE_0 = (
+    "std", "ratio", "lr", "lr_base", "lr_base_size", "decay_epochs", "clip_grad", "kd_temperature",
+)  # fmt: skip
 # Arguments of a model that the script itself gives it, by its own options.
 _OWN_OPTIONS = {
     "drop_rate": "drop",
@@ -150,7 +154,7 @@ def check_values(options: Namespace, made: Iterable[str] = tuple(_MADE)) -> None
             refuse(name, "is the share of the side that is looked at, above 0 and up to 1")
         if name in _PAIRS and (len(value) != 2 or value[0] > value[1]):
             refuse(name, "takes two numbers, the least and the greatest")
-        if name in _ABOVE_0 and min(value) <= 0:
+        if name in _ABOVE_0 and min(several) <= 0:
             refuse(name, "is above 0")
         if name == "scale" and not (value[0] >= 0 and 0 < value[1] <= 1):
             refuse(name, "is shares of the image's area, above 0 and up to 1")
@@ -225,6 +229,11 @@ def check_results(options: Namespace) -> None:
             raise ValueError("--results-format json and json-split would go to the same file: give one of them")
         if "parquet" in formats and not any(map(importlib.util.find_spec, ("pyarrow", "fastparquet"))):
             raise ValueError("--results-format parquet needs the package pyarrow: pip install pyarrow")
+    if "safetensors" in given and options.output != "./averaged.pth":  # a default, which its script renames
+        suffix = Path(options.output).suffix
+        if suffix and (suffix == ".safetensors") != options.safetensors:
+            todo = "give it a name in .safetensors" if options.safetensors else "add --safetensors"
+            raise ValueError(f"--output {options.output} would not be what its name says: {todo}")
     file, folder = given.get("results_file"), given.get("results_dir")
     if not (file or folder or isinstance(formats, list)):
         return

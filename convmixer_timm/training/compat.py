@@ -25,6 +25,7 @@ __all__ = [
     "mend_mixup_off",
     "mend_muon",
     "mend_posterize",
+    "mend_safetensors",
     "mend_saver",
     "mend_summary",
 ]
@@ -199,6 +200,22 @@ def mend_summary() -> None:
             raise _no_room(path) from error
 
     utils.update_summary = update_summary
+
+
+def mend_safetensors() -> None:
+    """Let ``avg_checkpoints.py`` and ``clean_checkpoint.py`` write what ``--channels-last`` trained as safetensors,
+    which takes tensors in the usual layout only."""
+    import safetensors.torch
+
+    original = safetensors.torch.save_file
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def save_file(tensors, *args, **kwargs):
+        original({name: tensor.contiguous() for name, tensor in tensors.items()}, *args, **kwargs)
+
+    safetensors.torch.save_file = save_file
 
 
 def keep_best(first_epoch: int, start: int) -> None:

@@ -23,7 +23,16 @@ from .argument_check import (
 from .compat import agree_on, keep_best
 from .data_check import check_evaluation_data, check_root, check_training_data, left_out, names_repeat
 from .record import FILE, Record, reserve, stored_names, write_when_it_starts
-from .scripts import check_config, find_script, import_modules, read_config, run_script, script_flags, script_options
+from .scripts import (
+    TRAINERS,
+    check_config,
+    find_script,
+    import_modules,
+    read_config,
+    run_script,
+    script_flags,
+    script_options,
+)
 
 __all__ = [
     "launch",
@@ -145,7 +154,7 @@ def launch(
     if recipe is not None:
         args = train_arguments(recipe, args)
     path = find_script(script, folder)
-    if path.stem == "train":
+    if path.stem in TRAINERS:
         if config := _config(args):
             # Another version of timm may have written it, as the args.yaml of a run.
             for note in check_config(path, Path(config), complete=recipe is not None):
@@ -153,6 +162,8 @@ def launch(
         prepared = prepare_training(path, args, recipe or "")
     elif path.stem == "bulk_runner":
         prepared = _through_launcher(path, args, folder)
+    elif path.stem == "avg_checkpoints":
+        prepared = _of_each_epoch(path, args)
     else:
         prepared = prepare_evaluation(path, args)
     return None if prepared is None else lambda: run_script(path, prepared)
@@ -168,6 +179,19 @@ def _through_launcher(path: Path, args: list[str], folder: str | None) -> list[s
     where = ["--timm-scripts", folder] if folder else []
     module = ["--module=yes", "convmixer_timm"]  # which that script's parser wants a value for
     return [*own, *module, "run", *where, script.stem, *options.script_args]
+
+
+def _of_each_epoch(path: Path, args: list[str]) -> list[str]:
+    """Arguments of ``avg_checkpoints.py``: of a run's folder the epochs, not their copies, which would count again."""
+    options = script_options(path, args)
+    if options is None:
+        return args
+    check_results(options)
+    epochs = "checkpoint-*.pth.tar"
+    if _given(args, "--filter") is None and any(Path(options.input).glob(epochs)):
+        _say(f"Averaging {epochs} alone, as {LAST} and model_best.pth.tar are copies: --filter takes others")
+        args = [*args, "--filter", epochs]
+    return args
 
 
 def prepare_training(path: Path, args: list[str], recipe: str = "") -> list[str] | None:

@@ -19,10 +19,11 @@ from timm.utils import ParseKwargs
 
 from ..errors import alike, local_cause, local_reason, one_line
 from ..files import atomic_path, cache_dir
-from .compat import mend_cpu_ddp, mend_mixup_off, mend_saver, mend_summary
+from .compat import mend_cpu_ddp, mend_mixup_off, mend_safetensors, mend_saver, mend_summary
 from .decoding import use_one_reader
 
 __all__ = [
+    "TRAINERS",
     "check_config",
     "find_script",
     "import_modules",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 REPOSITORY = "huggingface/pytorch-image-models"
+# Scripts that train; the second is the first as it was before timm's training tasks.
+TRAINERS = ("train", "legacy_train")
 BASE_URL = f"https://raw.githubusercontent.com/{REPOSITORY}"
 
 
@@ -217,8 +220,9 @@ def run_script(path: Path, args: list[str]) -> None:
     """
     mend_cpu_ddp()
     mend_mixup_off()
+    mend_safetensors()
     mend_saver()
     mend_summary()
-    use_one_reader(training=path.stem == "train")
+    use_one_reader(training=path.stem in TRAINERS)
     sys.argv = [str(path), *args]
     runpy.run_path(str(path), run_name="__main__")

@@ -79,6 +79,8 @@ def check(classes=("ant", "bee"), **given):
         ({"aug_repeats": 3}, "--aug-repeats needs several processes, torchrun's, got 3"),
         ({"model_kwargs": {"drop_path_rate": 0.1}}, "--model-kwargs drop_path_rate: give --drop-path instead"),
         ({"model_kwargs": {"num_classes": 5}}, "--model-kwargs num_classes: give --num-classes instead"),
+        ({"clip_grad": -1.0}, "--clip-grad is above 0, got -1.0"),
+        ({"num_bench_iter": 2}, "--num-bench-iter is 5 or more, got 2"),
         ({"tta": 4}, "--tta averages images that lie side by side, as timm makes no copies of one: leave it out"),
     ],
 )
@@ -107,6 +109,8 @@ def test_norms_over_processes_are_for_gpus(monkeypatch, processes):
         ({"results_dir": "new", "results_file": "deeper/a.csv"}, "there is no folder new/deeper"),
         ({"results_dir": "file/new"}, "file is a file: give another --results-dir"),
         ({"results_file": "file/a.csv"}, "there is no folder file"),
+        ({"output": "a.safetensors", "safetensors": False}, "not be what its name says: add --safetensors"),
+        ({"output": "a.pth", "safetensors": True}, "give it a name in .safetensors"),
     ],
 )
 def test_results_that_could_not_be_written(given, message, tmp_path, monkeypatch):

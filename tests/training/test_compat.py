@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
@@ -88,6 +89,14 @@ def test_a_checkpoint_that_the_disk_does_not_hold_leaves_no_half(monkeypatch, tm
     with pytest.raises(RunError, match=r"tmp\.pth\.tar: the disk is full: free some space, and go on"):
         saver.save_checkpoint(1)
     assert not (tmp_path / "tmp.pth.tar").exists() and (tmp_path / "last.pth.tar").read_bytes() == whole
+
+
+def test_what_channels_last_trained_is_written_as_safetensors(monkeypatch, tmp_path):
+    monkeypatch.setattr(safetensors.torch, "save_file", safetensors.torch.save_file)
+    compat.mend_safetensors()
+    conv = torch.nn.Conv2d(3, 8, 5).to(memory_format=torch.channels_last)
+    safetensors.torch.save_file(conv.state_dict(), tmp_path / "conv.safetensors")
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "conv.safetensors")["weight"], conv.weight)
 
 
 STARTS = """

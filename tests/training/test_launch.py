@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from convmixer_timm.cli import main
 from convmixer_timm.errors import RunError
@@ -198,6 +199,20 @@ def test_a_checkpoint_that_is_not_there_is_named(script, timm_scripts, data, cap
     args = [] if script == "clean_checkpoint" else ["--data-dir", str(data)]
     assert main(["run", "--timm-scripts", str(timm_scripts), script, "--checkpoint", "none.pth", *args]) == 1
     assert "--checkpoint none.pth: no such file" in capsys.readouterr().err
+
+
+def test_an_average_counts_each_epoch_once(timm_scripts, tmp_path):
+    """Of a run in channels-last, into safetensors."""
+    model = timm.create_model("convmixer_128_4").to(memory_format=torch.channels_last)
+    for epoch, names in enumerate((["checkpoint-0"], ["checkpoint-1", "last", "model_best"])):
+        torch.nn.init.constant_(model.head.bias, epoch)
+        for name in names:
+            torch.save({"state_dict": model.state_dict(), "metric": float(epoch)}, tmp_path / f"{name}.pth.tar")
+    command = [sys.executable, "-m", "convmixer_timm", "run", "avg_checkpoints", "--input", str(tmp_path)]
+    for args, bias in ([], 0.5), (["--filter", "*.tar"], 0.75):
+        file = tmp_path / f"{bias}.safetensors"
+        run([*command, *args, "--output", str(file), "--safetensors"], TIMM_SCRIPTS=str(timm_scripts))
+        assert set(load_file(file)["head.bias"].tolist()) == {bias}
 
 
 def test_predictions_on_images_of_one_name_tell_their_folders(timm_scripts, tmp_path):
