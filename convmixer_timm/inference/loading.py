@@ -16,7 +16,7 @@ from timm.models._hub import load_model_config_from_path
 
 from ..checkpoints import check_sizes, checkpoint_filter_fn, read_checkpoint
 from ..convmixer import ConvMixer
-from ..errors import closest
+from ..errors import closest, one_line
 from .download import download
 
 __all__ = [
@@ -49,7 +49,10 @@ def usable_device(name: str | torch.device | None = None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(name)!r}: {str(error).splitlines()[0]}") from error
+        reason = one_line(error).split(". ")[0].rstrip(".")
+        there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        usable = "cpu" if there is None else f"cpu and {there.type}"
+        raise ValueError(f"device {str(name)!r}: {reason}; this machine has {usable}") from error
     return device
 
 
