@@ -3,7 +3,7 @@
     python benchmarks/epoch.py cifar10_e25 --dataset torch/cifar10 --data-dir DIR
 
 Both by turns, on all cores. ``train.py``'s rate is that of its log over the last epoch's steps after the first hundred,
-when its workers have started. With ``--epochs 2`` a folder's small images are in memory by then.
+when its workers have started. With ``--epochs 2`` a folder's images are in memory by then.
 """
 
 import argparse

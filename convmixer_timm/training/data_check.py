@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 
 from ..errors import one_line
 from ..files import as_text
-from ..images import known_extensions, load_image
+from ..images import known_extensions, load_in_mode
 
 __all__ = ["Data", "Split", "check_evaluation_data", "check_training_data", "compare_names", "left_out", "names_repeat"]
 
@@ -349,12 +349,12 @@ class _Reading:
             return image.tobytes(), target
         if self.samples:
             path, target = self.samples[i]
-            load_image(path)
+            load_in_mode(path, "RGB", enough=1)  # as fast as that shows whether it can be read
             return Path(path).read_bytes(), target
         file, target = self.reader[i][:2]
         with file:
             content = file.read()
-        load_image(io.BytesIO(content))
+        load_in_mode(io.BytesIO(content), "RGB", enough=1)
         return content, target
 
     def _read(self, name: str, read) -> Any:

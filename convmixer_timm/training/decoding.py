@@ -1,22 +1,27 @@
-"""The images that timm's scripts train and validate on, read by this package's one reader, small ones once.
+"""The images that timm's scripts train and validate on, read by this package's one reader, and once where they fit.
 
 So that a model predicts on the pixels that it learned from: timm's own reading leaves photographs lying on their sides
-and cuts 16-bit values off. Decoding a small image takes longer than all that an epoch does to it afterwards.
+and cuts 16-bit values off. Decoding an image takes longer than all that an epoch does to it afterwards, and of a
+photograph from a phone many times as long; what no crop of it needs isn't kept.
 """
 
 import contextlib
 import functools
+import math
 import mmap
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, dataset_factory
 from timm.data.readers.img_extensions import add_img_extensions
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.transforms import CenterCropOrPad, RandomResizedCropAndInterpolation
 from timm.utils.distributed import world_info_from_env
+from torchvision.transforms import CenterCrop, Compose, Resize
 
 from ..errors import RunError, os_reason
 from ..images import ImageError, known_extensions, load_in_mode
@@ -26,46 +31,60 @@ __all__ = ["use_one_reader"]
 
 # Bytes of decoded images to keep at most. CIFAR-10 takes 0.2 GB, Tiny-ImageNet 1.3 GB.
 _MOST = 2 << 30
+_SAMPLE = 8  # images that tell how large the others are
+
+# Of a transform what makes the same of an image in each epoch.
+_FIXED = (Resize, CenterCrop, CenterCropOrPad)
 
 
-class _Pixels:
-    """Memory for decoded images of one size and mode, shared by a loader's workers: whichever decodes one first.
+def _room() -> int:
+    """How many bytes of images this process may keep."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # a container may have less; without a limit it says "max"
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(_MOST, memory // 8) // int(os.environ.get("LOCAL_WORLD_SIZE", world_info_from_env()[2]))
+
+
+class _Kept:
+    """Images with their targets in memory that a loader's workers share: whichever reads one first, for all.
 
     Args:
         count: How many images there are.
-        image: One of them; those of another size aren't kept.
+        mode: Pillow's, of all of them.
+        size: Bytes to keep; what comes when they are full isn't kept.
 
     Raises:
-        ValueError: If that would be too much for this machine, or its bytes alone don't tell the image.
+        OSError: If there is no such memory.
     """
 
-    def __init__(self, count: int, image: Image.Image):
-        pixels = np.asarray(image)
-        if pixels.dtype != np.uint8 or Image.fromarray(pixels).mode != image.mode:
-            raise ValueError(f"images of mode {image.mode} are not kept")
-        self._count, self._shape, self._size = count, pixels.shape, pixels.nbytes
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_info_from_env()[2]))
-        if (size := count * (1 + self._size)) > min(_MOST, physical // 8) // processes:
-            raise ValueError(f"{count} images of {self._size} bytes are too much to keep")
+    def __init__(self, count: int, mode: str, size: int):
+        self._mode = mode
         # Of no file, so that neither the size of /dev/shm nor a full disk counts; pages come when they are written.
-        self._memory = mmap.mmap(-1, size)
+        self._pixels = mmap.mmap(-1, size)
+        self._used = np.frombuffer(mmap.mmap(-1, 8), np.int64)
+        # Of each image its end there, 0 where it isn't, then its start, width, height and target.
+        self._table = np.frombuffer(mmap.mmap(-1, 40 * count), np.int64).reshape(-1, 5)
+        self._lock = multiprocessing.get_context("fork").Lock()
 
-    def get(self, index: int) -> Image.Image | None:
-        """A new image of what was kept, or None."""
-        if not self._memory[index]:
+    def get(self, index: int) -> tuple[Image.Image, int] | None:
+        """A new image of what was kept, and its target; or None."""
+        end, start, width, height, target = self._table[index].tolist()
+        if not end:
             return None
-        start = self._count + index * self._size
-        pixels = np.frombuffer(self._memory[start : start + self._size], np.uint8)
-        return Image.fromarray(pixels.reshape(self._shape))
+        return Image.frombytes(self._mode, (width, height), self._pixels[start:end]), target
 
-    def keep(self, index: int, image: Image.Image) -> None:
-        """Keeps an image, if it is of the right size."""
-        pixels = np.asarray(image)
-        if pixels.shape == self._shape:
-            start = self._count + index * self._size
-            self._memory[start : start + self._size] = pixels.tobytes()
-            self._memory[index] = 1  # last, as another worker may look meanwhile
+    def keep(self, index: int, image: Image.Image, target: Any) -> None:
+        """Keeps an image, if there is room for it."""
+        pixels = image.tobytes()
+        with self._lock:
+            start = int(self._used[0])
+            end = start + len(pixels)
+            if self._table[index, 0] or end > len(self._pixels) or type(target) is not int:
+                return
+            self._used[0] = end
+        self._pixels[start:end] = pixels
+        self._table[index, 1:] = start, *image.size, target
+        self._table[index, 0] = end  # last, as another worker may look meanwhile
 
 
 class _Image:
@@ -81,48 +100,88 @@ class _Reader:
     Args:
         reader: timm's.
         mode: Pillow's mode of the images that it is to give.
-        training: Keep small images of a folder in memory, decoded, and let timm take the next image in place of one
-            that can't be read. Where predictions are measured or written, the next would count twice, or stand under
-            two names: there the script ends.
+        training: Keep images in memory, if they fit, and let timm take the next image in place of one that can't be
+            read. Where predictions are measured or written, the next would count twice, or stand under two names: there
+            the script ends.
     """
 
     def __init__(self, reader: Any, mode: str, training: bool):
-        self._reader, self._mode, self._training = reader, mode, training
-        self._pixels: _Pixels | None = None
-        if training and isinstance(reader, ReaderImageFolder):
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # too large, or no sysconf here
-                self._pixels = _Pixels(len(reader), self._load(reader[0][0]))
+        self._reader, self._mode, self.training = reader, mode, training
+        self._enough: int | None = None
+        self._prepare: Callable[[Image.Image], Image.Image] | None = None
+        self._kept: _Kept | None = None
+
+    def begin(self, prepare: Callable[[Image.Image], Image.Image] | None, enough: int | None) -> None:
+        """Settles what becomes of each image before it is kept.
+
+        Args:
+            prepare: What is the same in each epoch.
+            enough: How many pixels a side may stay, as for `load_in_mode`.
+        """
+        self._prepare, self._enough, self._kept = prepare, enough, None
+        count = len(self._reader)
+        sample = {}
+        for index in range(0, count, math.ceil(count / _SAMPLE)):
+            with contextlib.suppress(OSError):  # told of when its turn comes
+                file, *rest = self._reader[index]
+                if len(rest) == 1:  # no features beside the target
+                    sample[index] = self._load(file), *rest
+        if not sample or self._mode in ("P", "PA"):  # whose palette is no part of the pixels
+            return
+        expected = count * max(len(image.tobytes()) for image, _ in sample.values())
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no such memory, or no sysconf here
+            if expected <= (room := _room()):
+                self._kept = _Kept(count, self._mode, min(room, 2 * expected))
+                for index, (image, target) in sample.items():
+                    self._kept.keep(index, image, target)
 
     def _load(self, file: Any) -> Image.Image:
-        return load_in_mode(file, self._mode)
+        image = load_in_mode(file, self._mode, self._enough)
+        return self._prepare(image) if self._prepare else image
 
-    def _load_and_keep(self, index: int, file: Any) -> Image.Image:
+    def _load_and_keep(self, index: int, file: Any, target: Any) -> Image.Image:
         image = self._load(file)  # an ImageError is an OSError, which timm's dataset says, and takes the next image
-        if self._pixels:
-            self._pixels.keep(index, image)
+        if self._kept:
+            self._kept.keep(index, image, target)
         return image
 
     def __getitem__(self, index: int) -> tuple:
-        if self._pixels and (kept := self._pixels.get(index)):
-            return _Image(lambda: kept), self._reader.samples[index][1]
-        if not self._training:  # here, as older timm takes the next image whatever `read` raises
+        if self._kept and (kept := self._kept.get(index)):
+            image, target = kept
+            return _Image(lambda: image), target
+        if not self.training:  # here, as older timm takes the next image whatever `read` raises
             with _ending():
                 file, *rest = self._reader[index]
                 image = self._load(file)
             return (_Image(lambda: image), *rest)
         file, *rest = self._reader[index]
-        return (_Image(lambda: self._load_and_keep(index, file)), *rest)
+        return (_Image(lambda: self._load_and_keep(index, file, rest[0])), *rest)
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pixels": None}  # only a forked worker shares the memory
+        return {**self.__dict__, "_kept": None}  # only a forked worker shares the memory
 
     def __getattr__(self, name: str) -> Any:
         if name == "_reader":  # not there yet, while it is unpickled
             raise AttributeError(name)
         return getattr(self._reader, name)
+
+
+def _split(transform: Any) -> tuple[Compose | None, Any, int | None]:
+    """Of a transform what makes the same of an image in each epoch, the rest, and how many pixels a side are enough.
+
+    Those are twice what the smallest of timm's random crops needs, so that it is still made smaller.
+    """
+    parts = transform.transforms if type(transform) is Compose else []
+    fixed = next((i for i, part in enumerate(parts) if type(part) not in _FIXED), len(parts))
+    if fixed:
+        return Compose(parts[:fixed]), Compose(parts[fixed:]), None
+    if not parts or type(crop := parts[0]) is not RandomResizedCropAndInterpolation or not min(crop.scale):
+        return None, transform, None
+    narrowest = max(*crop.ratio, *(1 / ratio for ratio in crop.ratio))
+    return None, transform, math.ceil(2 * max(crop.size) * math.sqrt(narrowest / min(crop.scale)))
 
 
 @contextlib.contextmanager
@@ -152,6 +211,19 @@ class OneReaderDataset(ImageDataset):
             self.reader: Any = _Reader(self.reader, self.input_img_mode or "RGB", training)
             self.load_bytes = True  # timm: "take what `read` gives"
 
+    @property
+    def transform(self) -> Any:
+        """What is made of the images that the reader gives."""
+        return self._transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        # timm's loader sets it before its workers start, and by then it is known what can be kept.
+        self._transform = transform
+        if isinstance(reader := getattr(self, "reader", None), _Reader) and reader.training:
+            prepare, self._transform, enough = _split(transform)
+            reader.begin(prepare, enough)
+
 
 def use_one_reader(training: bool = False) -> None:
     """Let `timm.data.create_dataset` make datasets that find and read images as everything in this package does.
@@ -160,8 +232,8 @@ def use_one_reader(training: bool = False) -> None:
     TensorFlow's and webdataset's streams decode for themselves.
 
     Args:
-        training: The script reads the same images every epoch: small ones of a folder are decoded once and kept in
-            memory, and one that can't be read is passed over. Any other script ends there, by a `RunError`.
+        training: The script reads the same images every epoch: they are decoded once and kept in memory, if they fit,
+            and one that can't be read is passed over. Any other script ends there, by a `RunError`.
     """
     add_img_extensions(sorted(known_extensions()))
     factory: Any = dataset_factory

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from timm.data import create_dataset, dataset_factory
+from timm.data import create_dataset, create_transform, dataset_factory
 from torchvision.transforms.functional import pil_to_tensor
 
 from convmixer_timm.images import load_image, load_in_mode
@@ -92,23 +92,79 @@ def test_the_same_pixels_in_every_process_and_epoch(start, mode, keep, folder):
     assert start != "none" or f"{folder}/a/5.bmp: not an image that Pillow can read" in done.stderr
 
 
-def test_small_images_are_decoded_once(tmp_path, monkeypatch):
-    for i in range(6):
-        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
-        Image.fromarray(np.full((5, 7 if i else 9, 3), i, np.uint8)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
-    read = []
-    monkeypatch.setattr(decoding, "load_in_mode", lambda file, mode: read.append(file) or load_in_mode(file, mode))
+@pytest.fixture
+def read(monkeypatch):
+    """The files that are read from now on."""
+    files = []
+
+    def load(file, *args):
+        files.append(file.name)
+        return load_in_mode(file, *args)
+
+    monkeypatch.setattr(decoding, "load_in_mode", load)
+    return files
+
+
+def train_on(folder, transform=None, **kwargs):
     use_one_reader(training=True)
-    data = create_dataset("", root=str(tmp_path))
-    odd_one = len({image.size for image, _ in data}) == 2
+    data = create_dataset("", root=str(folder), **kwargs)
+    data.transform = transform
+    return data
+
+
+def test_images_of_any_size_are_decoded_once(tmp_path, read):
+    for i in range(20):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(np.full((5 + i, 27 - i, 3), i, np.uint8)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    data = train_on(tmp_path)
     first = [(np.asarray(image), target) for image, target in data]
-    before = len(read)
     for (image, target), (pixels, expected) in zip(data, first, strict=True):
         image.putpixel((0, 0), (9, 9, 9))  # a transform may write into its image
         assert target == expected and image.size == pixels.shape[1::-1]
     assert all(np.array_equal(image, pixels) for (image, _), (pixels, _) in zip(data, first, strict=True))
-    # The first tells the size, here of one image only: what is of another size is read each time.
-    assert odd_one and len(read) - before == 2 * 5
+    assert len(read) == len(set(read)) == 20
+
+
+def test_what_has_no_room_is_read_again(tmp_path, monkeypatch, read):
+    """Images that tell nothing of how large the others are."""
+    (tmp_path / "a").mkdir()
+    for i in range(16):
+        Image.new("RGB", (8, 8 if i % 2 == 0 else 800), (i, 0, 0)).save(tmp_path / f"a/{i:02}.png")
+    monkeypatch.setattr(decoding, "_MOST", 40_000)
+    data = train_on(tmp_path)
+    for _ in range(2):
+        assert [image.getpixel((0, 0))[0] for image, _ in data] == list(range(16))
+    assert 16 < len(read) < 32
+
+
+@pytest.mark.parametrize("prefetcher", [True, False])
+def test_validation_sees_the_same_each_epoch(prefetcher, folder, read):
+    """In the size that the model takes, which is made once."""
+    transform = create_transform((3, 20, 20), use_prefetcher=prefetcher, crop_pct=0.9, interpolation="bicubic")
+    (folder / "a/5.bmp").unlink()
+    data = train_on(folder, transform)
+    for _ in range(2):
+        for (image, _), name in zip(data, data.filenames(absolute=True), strict=True):
+            assert np.array_equal(image, transform(load_image(name)))
+    assert sorted(read) == sorted(data.filenames(absolute=True))
+
+
+def test_training_needs_no_more_of_a_photograph_than_its_crops(tmp_path, read):
+    (tmp_path / "a").mkdir()
+    rng, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112] = 6
+    smooth = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((1200, 900), Image.BICUBIC)
+    smooth.save(tmp_path / "a/0.jpg", exif=exif, quality=95)
+    smooth.save(tmp_path / "a/1.png")
+    smooth.resize((170, 110)).save(tmp_path / "a/2.png")  # small enough as it is
+    data = train_on(tmp_path, create_transform((3, 16, 16), is_training=True))
+    kept = [data.reader[i][0].read() for i in range(3)]
+    assert 2 * 16 * (4 / 3 / 0.08) ** 0.5 < 131  # of a JPEG half, a quarter or an eighth is decoded
+    assert [image.size for image in kept] == [(225, 300), (200, 150), (170, 110)]
+    for image, name in zip(kept, data.filenames(absolute=True), strict=True):
+        found, expected = (np.asarray(i.resize((32, 32), Image.BICUBIC), np.float32) for i in (image, load_image(name)))
+        assert np.abs(found - expected).mean() < 1
+    assert data[0][0].shape == (3, 16, 16) and len(read) == 3
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGB", "YCbCr", "CMYK", "LA", "L", "I", "F"])
@@ -117,7 +173,7 @@ def test_modes_keep_what_an_image_has(mode, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (9, 9, 4), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a/0.png")
     use_one_reader(training=True)
-    data = create_dataset("", root=str(tmp_path), input_img_mode=mode)
+    data = train_on(tmp_path, input_img_mode=mode)
     for image, _ in (data[0], data[0]):
         assert image.mode == mode and np.array_equal(image, Image.fromarray(pixels).convert(mode))
 
@@ -150,11 +206,11 @@ for dataset in ("", "torch/image_folder"):
     assert done.stdout.splitlines() == [line] * 2, done.stderr
 
 
-def test_more_than_fits_is_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "_MOST", 100)
-    use_one_reader(training=True)
-    data = create_dataset("", root=str(IMAGES))
-    assert data.reader._pixels is None and data[0][0].size == (32, 32)
+def test_more_than_fits_is_read_again(monkeypatch, read):
+    monkeypatch.setattr(decoding, "_MOST", 1000)
+    data = train_on(IMAGES)
+    before = len(read)
+    assert data[0][0].size == data[0][0].size == (32, 32) and len(read) == before + 2
 
 
 def test_torchvisions_folders_too(folder):

@@ -1,0 +1,75 @@
+"""What an epoch on photographs of a phone's size takes: timm's ``train.py`` alone, and through this package's launcher.
+
+    python benchmarks/photographs.py DATA
+
+DATA has train/CLASS/IMAGE and val/CLASS/IMAGE; a part of its images is made as large as a phone's, 12 megapixels, with
+some noise, and the recipe `finetune` trains on those. An epoch's seconds, with its validation, are what two more epochs
+take after the first one, in which the launcher fills its memory.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from convmixer_timm.training.launch import RECIPES
+from convmixer_timm.training.scripts import find_script
+
+
+def make(data: Path, target: Path, count: int) -> int:
+    """Makes photographs of some images, `count` of each class and split; says how many."""
+    noise = np.random.default_rng(0).normal(0, 6, (3024, 4032, 3)).astype(np.float32)
+    made = 0
+    for folder in sorted(path for path in data.glob("*/*") if path.is_dir()):
+        (target / folder.relative_to(data)).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[:count]:
+            large = np.asarray(Image.open(file).convert("RGB").resize((4032, 3024), Image.Resampling.LANCZOS))
+            name = (target / file.relative_to(data)).with_suffix(".jpg")
+            Image.fromarray((large + noise).clip(0, 255).astype(np.uint8)).save(name, quality=90)
+            made += 1
+    return made
+
+
+def seconds(command: list[str], data: Path, epochs: int) -> float:
+    """How long a training takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = [
+            "--data-dir",
+            str(data),
+            "--val-split",
+            "val",
+            "--num-classes",
+            "2",
+            "--device",
+            "cpu",
+            "--output",
+            folder,
+        ]
+        start = time.perf_counter()
+        subprocess.run([*command, *args, "--epochs", str(epochs)], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--count", type=int, default=40, help="images of each class and split (%(default)s)")
+    args = parser.parse_args()
+    alone = [sys.executable, str(find_script("train")), "--config", str(RECIPES / "finetune.yaml")]
+    commands = {
+        "train.py": [*alone, "--device-modules", "convmixer_timm"],
+        "convmixer-timm train": [sys.executable, "-m", "convmixer_timm", "train", "finetune"],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        images = make(args.data, Path(folder), args.count)
+        for name, command in commands.items():
+            first, more = (seconds(command, Path(folder), epochs) for epochs in (1, 3))
+            print(f"{name:22}{(more - first) / 2:6.1f} seconds an epoch of {images} photographs", flush=True)
+    print(f"torch {torch.__version__}, timm {timm.__version__}")
