@@ -1,5 +1,8 @@
 """Images to class names and probabilities."""
 
+import collections
+import concurrent.futures
+import contextlib
 import numbers
 import os
 import sys
@@ -21,6 +24,10 @@ __all__ = ["predict", "predict_files"]
 
 Classes = list[tuple[str, float]]
 Prediction = tuple[Path, Classes]
+Loader = Callable[[Any], torch.Tensor]
+
+_LARGE = 100_000  # bytes of a file whose decoding is worth a thread
+_THREADS = 4
 
 
 def predict(
@@ -77,18 +84,56 @@ def predict(
             yield image, [(names[i], p) for i, p in zip(ids, ps, strict=True)]
 
     batch = []
-    for image in _each(images):
-        try:
-            batch.append((image, load(image)))
-        except ImageError as error:
-            if on_error is None:
-                raise
-            on_error(image, error)
+    for image, loaded in _load_each(load, images):
+        if not isinstance(loaded, ImageError):
+            batch.append((image, loaded))
+        elif on_error is None:
+            raise loaded
+        else:
+            on_error(image, loaded)
         if len(batch) == batch_size:
             yield from run(batch)
             batch = []
     if batch:
         yield from run(batch)
+
+
+def _load_each(load: Loader, images: Any) -> Iterator[tuple[Any, torch.Tensor | ImageError]]:
+    """Each image with what is read of it, or why it can't be; large files of a list or folder several at a time."""
+
+    def attempt(image: Any) -> torch.Tensor | ImageError:
+        try:
+            return load(image)
+        except ImageError as error:
+            return error
+
+    if not isinstance(images, str | os.PathLike | list | tuple):  # an iterator may write its files as they are read
+        yield from ((image, attempt(image)) for image in _each(images))
+        return
+    count = min(_THREADS, torch.get_num_threads())
+    pool = concurrent.futures.ThreadPoolExecutor(count)
+    waiting: collections.deque[tuple[Any, concurrent.futures.Future[torch.Tensor | ImageError] | None]]
+    waiting = collections.deque()
+
+    def first() -> tuple[Any, torch.Tensor | ImageError]:
+        image, reading = waiting.popleft()
+        return image, attempt(image) if reading is None else reading.result()
+
+    try:
+        for image in _each(images):
+            waiting.append((image, pool.submit(attempt, image) if _is_large(image) else None))
+            if len(waiting) > 2 * count:
+                yield first()
+        while waiting:
+            yield first()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _is_large(image: Any) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return isinstance(image, str | os.PathLike) and os.path.getsize(image) >= _LARGE
+    return False
 
 
 def _each(images: Any) -> Iterator[Any]:
@@ -119,8 +164,15 @@ def predict_files(
 
     def report(path: Path, error: ImageError) -> None:
         failed.append(path)
+        progress.update()
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
 
+    def results() -> Iterator[Prediction]:
+        with progress:
+            for result in predict(model, paths, topk, batch_size, on_error=report):
+                progress.update()
+                yield result
+
     watched = sys.stderr is not None and sys.stderr.isatty() and len(paths) > batch_size
-    progress = tqdm(paths, unit="img", disable=not watched)
-    return predict(model, progress, topk, batch_size, on_error=report), failed
+    progress = tqdm(total=len(paths), unit="img", disable=not watched)
+    return results(), failed

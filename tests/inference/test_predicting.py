@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import struct
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,7 @@ from convmixer_timm import images, load_model, predict
 from convmixer_timm.cli import main
 from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.images import ImageError, load_image
+from convmixer_timm.inference import predicting
 
 from ..conftest import IMAGES
 
@@ -248,6 +250,33 @@ def test_one_or_many_images_of_any_kind(model):
     assert len(folder) == 30 and folder[0][0] == IMAGES / "airplane/0000.png"
     assert [path for path, _ in predict(model, np.array([str(cat)] * 2))] == [str(cat)] * 2
     assert list(predict(model, [])) == []
+
+
+def test_large_files_are_read_by_several_threads_and_come_in_order(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(predicting, "_LARGE", 2400)  # some of the images are, some not
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    files = sorted(IMAGES.glob("*/*.png"))
+    assert 5 < sum(file.stat().st_size >= 2400 for file in files) < 25
+    (tmp_path / "bad.jpg").write_bytes(b"no image" * 1000)
+    files.insert(7, tmp_path / "bad.jpg")
+    seen, failed = set(), []
+
+    def load(*args, **kwargs):
+        seen.add(threading.current_thread())
+        return load_image(*args, **kwargs)
+
+    monkeypatch.setattr(images, "load_image", load)
+    found = list(predict(model, files, batch_size=4, on_error=lambda image, _: failed.append(image)))
+    assert len(seen) > 1 and failed == [tmp_path / "bad.jpg"]
+    seen.clear()
+    # What an iterator gives is read before the next, whose file may be the same.
+    alone = list(predict(model, iter(files), batch_size=4, on_error=lambda *_: None))
+    assert seen == {threading.current_thread()} and found == alone
+    with pytest.raises(ImageError, match=r"bad\.jpg"):
+        list(predict(model, files))
+    before = threading.active_count()
+    next(predict(model, files[:7], batch_size=2))
+    assert threading.active_count() == before
 
 
 def test_predicting_leaves_the_model_in_its_mode(model):
