@@ -9,7 +9,6 @@ import contextlib
 import functools
 import math
 import mmap
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,11 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 
 from ..errors import RunError, os_reason
 from ..images import ImageError, known_extensions, load_in_mode
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is kept
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["use_one_reader"]
 
@@ -48,23 +52,35 @@ def _room() -> int:
 class _Kept:
     """Images with their targets in memory that a loader's workers share: whichever reads one first, for all.
 
+    A file in memory: neither the size of /dev/shm nor a full disk counts, and a worker that is no fork opens it by its
+    name. Pages come when they are written.
+
     Args:
         count: How many images there are.
         mode: Pillow's, of all of them.
         size: Bytes to keep; what comes when they are full isn't kept.
+        name: The file that another process made; by default a new one.
 
     Raises:
+        AttributeError: If this system has no such files.
         OSError: If there is no such memory.
     """
 
-    def __init__(self, count: int, mode: str, size: int):
+    def __init__(self, count: int, mode: str, size: int, name: str | None = None):
+        self._args = count, mode, size
         self._mode = mode
-        # Of no file, so that neither the size of /dev/shm nor a full disk counts; pages come when they are written.
-        self._pixels = mmap.mmap(-1, size)
-        self._used = np.frombuffer(mmap.mmap(-1, 8), np.int64)
-        # Of each image its end there, 0 where it isn't, then its start, width, height and target.
-        self._table = np.frombuffer(mmap.mmap(-1, 40 * count), np.int64).reshape(-1, 5)
-        self._lock = multiprocessing.get_context("fork").Lock()
+        self._file = open(name or os.memfd_create("images"), "r+b", buffering=0)  # noqa: SIM115
+        before = 8 + 40 * count
+        if not name:
+            self._file.truncate(before + size)
+        memory = mmap.mmap(self._file.fileno(), before + size)
+        self._used = np.frombuffer(memory, np.int64, 1)
+        # Of each image its end, 0 where it isn't there, then its start, width, height and target.
+        self._table = np.frombuffer(memory, np.int64, 5 * count, 8).reshape(count, 5)
+        self._pixels = memoryview(memory)[before:]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _of_another_process, (*self._args, f"/proc/{os.getpid()}/fd/{self._file.fileno()}")
 
     def get(self, index: int) -> tuple[Image.Image, int] | None:
         """A new image of what was kept, and its target; or None."""
@@ -76,15 +92,24 @@ class _Kept:
     def keep(self, index: int, image: Image.Image, target: Any) -> None:
         """Keeps an image, if there is room for it."""
         pixels = image.tobytes()
-        with self._lock:
-            start = int(self._used[0])
-            end = start + len(pixels)
-            if self._table[index, 0] or end > len(self._pixels) or type(target) is not int:
-                return
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        start = int(self._used[0])
+        end = start + len(pixels)
+        fits = not self._table[index, 0] and end <= len(self._pixels) and type(target) is int
+        if fits:
             self._used[0] = end
+        fcntl.lockf(self._file, fcntl.LOCK_UN)
+        if not fits:
+            return
         self._pixels[start:end] = pixels
         self._table[index, 1:] = start, *image.size, target
         self._table[index, 0] = end  # last, as another worker may look meanwhile
+
+
+def _of_another_process(*args: Any) -> _Kept | None:
+    with contextlib.suppress(OSError):  # it has ended, or its files are not to be seen
+        return _Kept(*args)
+    return None
 
 
 class _Image:
@@ -121,7 +146,7 @@ class _Reader:
         self._prepare, self._enough, self._kept = prepare, enough, None
         count = len(self._reader)
         sample = {}
-        for index in range(0, count, math.ceil(count / _SAMPLE)):
+        for index in range(0, count, count // _SAMPLE + 1):
             with contextlib.suppress(OSError):  # told of when its turn comes
                 file, *rest = self._reader[index]
                 if len(rest) == 1:  # no features beside the target
@@ -159,9 +184,6 @@ class _Reader:
 
     def __len__(self) -> int:
         return len(self._reader)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}  # only a forked worker shares the memory
 
     def __getattr__(self, name: str) -> Any:
         if name == "_reader":  # not there yet, while it is unpickled

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 
@@ -42,6 +43,35 @@ def folder(tmp_path):
     (tmp_path / "a/5.bmp").write_bytes(b"damaged")
     (tmp_path / "b").symlink_to(IMAGES / "dog")
     return tmp_path
+
+
+FORGETS = """
+import shutil, sys
+from timm.data import create_dataset
+from torch.utils.data import DataLoader
+from torchvision.transforms import PILToTensor
+from convmixer_timm.training import decoding
+
+if __name__ == "__main__":
+    folder, start = sys.argv[1:]
+    decoding.use_one_reader(training=True)
+    data = create_dataset("", root=folder)
+    data.transform = PILToTensor()
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=start)
+    epochs = [[(image.tolist(), target) for image, target in loader]]
+    shutil.rmtree(folder)
+    epochs.append([(image.tolist(), target) for image, target in loader])  # by new workers
+    print(len(epochs[0]), epochs[0] == epochs[1])
+"""
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])  # the last is Python 3.14's own choice
+def test_workers_of_any_kind_share_what_they_decoded(start, tmp_path):
+    shutil.copytree(IMAGES, tmp_path / "images")
+    done = subprocess.run(
+        [sys.executable, "-c", FORGETS, tmp_path / "images", start], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "30 True\n"
 
 
 # In a process of its own: a loader's workers crash a process that has the engines' threads.
@@ -126,10 +156,10 @@ def test_images_of_any_size_are_decoded_once(tmp_path, read):
 
 
 def test_what_has_no_room_is_read_again(tmp_path, monkeypatch, read):
-    """Images that tell nothing of how large the others are."""
+    """The sample tells nothing of how large the others are."""
     (tmp_path / "a").mkdir()
     for i in range(16):
-        Image.new("RGB", (8, 8 if i % 2 == 0 else 800), (i, 0, 0)).save(tmp_path / f"a/{i:02}.png")
+        Image.new("RGB", (8, 800 if i % 3 == 1 else 8), (i, 0, 0)).save(tmp_path / f"a/{i:02}.png")
     monkeypatch.setattr(decoding, "_MOST", 40_000)
     data = train_on(tmp_path)
     for _ in range(2):
