@@ -95,15 +95,15 @@ class _Kept:
         fcntl.lockf(self._file, fcntl.LOCK_EX)
         start = int(self._used[0])
         end = start + len(pixels)
-        fits = not self._table[index, 0] and end <= len(self._pixels) and type(target) is int
-        if fits:
+        # One that has a width is another worker's, which may be writing it.
+        mine = not self._table[index, 2] and end <= len(self._pixels) and type(target) is int
+        if mine:
             self._used[0] = end
+            self._table[index, 1:] = start, *image.size, target
         fcntl.lockf(self._file, fcntl.LOCK_UN)
-        if not fits:
-            return
-        self._pixels[start:end] = pixels
-        self._table[index, 1:] = start, *image.size, target
-        self._table[index, 0] = end  # last, as another worker may look meanwhile
+        if mine:
+            self._pixels[start:end] = pixels
+            self._table[index, 0] = end  # last, as others may look meanwhile
 
 
 def _of_another_process(*args: Any) -> _Kept | None:
