@@ -26,7 +26,7 @@ Classes = list[tuple[str, float]]
 Prediction = tuple[Path, Classes]
 Loader = Callable[[Any], torch.Tensor]
 
-_LARGE = 100_000  # bytes of a file whose decoding is worth a thread
+_LARGE = range(100_000, 20_000_000)  # bytes of a file whose decoding is worth a thread, and leaves memory for others
 _THREADS = 4
 
 
@@ -132,7 +132,7 @@ def _load_each(load: Loader, images: Any) -> Iterator[tuple[Any, torch.Tensor | 
 
 def _is_large(image: Any) -> bool:
     with contextlib.suppress(OSError, ValueError):
-        return isinstance(image, str | os.PathLike) and os.path.getsize(image) >= _LARGE
+        return isinstance(image, str | os.PathLike) and os.path.getsize(image) in _LARGE
     return False
 
 

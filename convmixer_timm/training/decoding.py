@@ -6,6 +6,7 @@ photograph from a phone many times as long; what no crop of it needs isn't kept.
 """
 
 import contextlib
+import ctypes
 import functools
 import math
 import mmap
@@ -41,12 +42,32 @@ _SAMPLE = 8  # images that tell how large the others are
 _FIXED = (Resize, CenterCrop, CenterCropOrPad)
 
 
+def _memory() -> int:
+    """Bytes of this machine's memory, or as many of them as its container or job may take."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, kind, group = line.split(":", 2)
+            if kind in ("", "memory"):  # of version 2, of version 1
+                name, root = "memory.limit_in_bytes" if kind else "memory.max", Path("/sys/fs/cgroup", kind)
+                for inner in (Path(group[1:]), *Path(group[1:]).parents):
+                    with contextlib.suppress(OSError, ValueError):  # without a limit it says "max"
+                        limits.append(int((root / inner / name).read_text(encoding="ascii")))
+    return min(limits)
+
+
 def _room() -> int:
     """How many bytes of images this process may keep."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # a container may have less; without a limit it says "max"
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return min(_MOST, memory // 8) // int(os.environ.get("LOCAL_WORLD_SIZE", world_info_from_env()[2]))
+    return min(_MOST, _memory() // 8) // int(os.environ.get("LOCAL_WORLD_SIZE", world_info_from_env()[2]))
+
+
+def _memory_file() -> int:
+    """A new file in memory."""
+    # Python's own os.memfd_create isn't in builds for systems older than this one may be, as conda's are.
+    number: int = ctypes.CDLL(None, use_errno=True).memfd_create(b"images", 1)  # MFD_CLOEXEC
+    if number < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return number
 
 
 class _Kept:
@@ -62,14 +83,14 @@ class _Kept:
         name: The file that another process made; by default a new one.
 
     Raises:
-        AttributeError: If this system has no such files.
+        AttributeError, TypeError: If this system has no such files.
         OSError: If there is no such memory.
     """
 
     def __init__(self, count: int, mode: str, size: int, name: str | None = None):
         self._args = count, mode, size
         self._mode = mode
-        self._file = open(name or os.memfd_create("images"), "r+b", buffering=0)  # noqa: SIM115
+        self._file = open(name or _memory_file(), "r+b", buffering=0)  # noqa: SIM115
         before = 8 + 40 * count
         if not name:
             self._file.truncate(before + size)
@@ -80,7 +101,8 @@ class _Kept:
         self._pixels = memoryview(memory)[before:]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _of_another_process, (*self._args, f"/proc/{os.getpid()}/fd/{self._file.fileno()}")
+        number = self._file.fileno()
+        return _of_another_process, (_identity(number), *self._args, f"/proc/{os.getpid()}/fd/{number}")
 
     def get(self, index: int) -> tuple[Image.Image, int] | None:
         """A new image of what was kept, and its target; or None."""
@@ -91,24 +113,34 @@ class _Kept:
 
     def keep(self, index: int, image: Image.Image, target: Any) -> None:
         """Keeps an image, if there is room for it."""
+        if not isinstance(target, int):
+            return
         pixels = image.tobytes()
-        fcntl.lockf(self._file, fcntl.LOCK_EX)
-        start = int(self._used[0])
-        end = start + len(pixels)
-        # One that has a width is another worker's, which may be writing it.
-        mine = not self._table[index, 2] and end <= len(self._pixels) and type(target) is int
-        if mine:
-            self._used[0] = end
-            self._table[index, 1:] = start, *image.size, target
-        fcntl.lockf(self._file, fcntl.LOCK_UN)
-        if mine:
+        with contextlib.suppress(OSError):  # of a system without locks
+            fcntl.lockf(self._file, fcntl.LOCK_EX)
+            try:
+                start = int(self._used[0])
+                end = start + len(pixels)
+                # One that has a width is another worker's, which may be writing it.
+                if self._table[index, 2] or end > len(self._pixels):
+                    return
+                self._used[0] = end
+                self._table[index, 1:] = start, *image.size, target
+            finally:
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
             self._pixels[start:end] = pixels
             self._table[index, 0] = end  # last, as others may look meanwhile
 
 
-def _of_another_process(*args: Any) -> _Kept | None:
+def _identity(file: int | str) -> tuple[int, int]:
+    told = os.stat(file)
+    return told.st_dev, told.st_ino
+
+
+def _of_another_process(identity: tuple[int, int], *args: Any) -> _Kept | None:
     with contextlib.suppress(OSError):  # it has ended, or its files are not to be seen
-        return _Kept(*args)
+        if _identity(args[-1]) == identity:
+            return _Kept(*args)
     return None
 
 
@@ -144,6 +176,9 @@ class _Reader:
             enough: How many pixels a side may stay, as for `load_in_mode`.
         """
         self._prepare, self._enough, self._kept = prepare, enough, None
+        # An archive's reader would stay open, and workers read from one place in one file.
+        if type(self._reader).__name__ not in ("ReaderImageFolder", "ReaderHfds"):
+            return
         count = len(self._reader)
         sample = {}
         for index in range(0, count, count // _SAMPLE + 1):
@@ -154,7 +189,7 @@ class _Reader:
         if not sample or self._mode in ("P", "PA"):  # whose palette is no part of the pixels
             return
         expected = count * max(len(image.tobytes()) for image, _ in sample.values())
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # no such memory, or no sysconf here
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):  # not here, or no such memory
             if expected <= (room := _room()):
                 self._kept = _Kept(count, self._mode, min(room, 2 * expected))
                 for index, (image, target) in sample.items():

@@ -189,7 +189,9 @@ def _of_each_epoch(path: Path, args: list[str]) -> list[str]:
     check_results(options)
     epochs = "checkpoint-*.pth.tar"
     if _given(args, "--filter") is None and any(Path(options.input).glob(epochs)):
-        _say(f"Averaging {epochs} alone, as {LAST} and model_best.pth.tar are copies: --filter takes others")
+        _say(
+            f"Averaging {epochs} alone, as {LAST}, model_best.pth.tar and others may be copies: --filter takes them too"
+        )
         args = [*args, "--filter", epochs]
     return args
 

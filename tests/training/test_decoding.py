@@ -1,11 +1,14 @@
 """timm's scripts see the pictures that predicting sees."""
 
+import errno
 import hashlib
 import itertools
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -195,6 +198,60 @@ def test_training_needs_no_more_of_a_photograph_than_its_crops(tmp_path, read):
         found, expected = (np.asarray(i.resize((32, 32), Image.BICUBIC), np.float32) for i in (image, load_image(name)))
         assert np.abs(found - expected).mean() < 1
     assert data[0][0].shape == (3, 16, 16) and len(read) == 3
+
+
+@pytest.mark.parametrize("lacks", ["_memory_file", "fcntl"])
+def test_what_cannot_be_kept_is_read_again(lacks, monkeypatch, read):
+    """On a system without files in memory, or without locks."""
+
+    def fail(*args):
+        raise OSError(errno.ENOLCK, "none here")
+
+    if lacks == "fcntl":
+        monkeypatch.setattr(decoding.fcntl, "lockf", fail)
+    else:
+        monkeypatch.setattr(decoding, lacks, fail)
+    data = train_on(IMAGES)
+    for _ in range(2):
+        assert [image.size for image, _ in data] == [(32, 32)] * 30
+    assert len(read) >= 60
+
+
+def test_a_container_may_have_less_memory(monkeypatch):
+    files = {"/proc/self/cgroup": "0::/job/step\n", "/sys/fs/cgroup/job/memory.max": "80\n"}
+    files |= {"/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/memory/job/step/memory.limit_in_bytes": "40"}
+
+    def read_text(path, encoding):
+        try:
+            return files[str(path)]
+        except KeyError:
+            raise FileNotFoundError from None
+
+    monkeypatch.setattr(decoding.Path, "read_text", read_text)
+    assert decoding._memory() == 80 and decoding._room() == 10
+    files["/proc/self/cgroup"] = "3:cpu:/\n2:memory:/job/step\n"
+    assert decoding._memory() == 40
+
+
+def test_a_file_that_took_the_place_of_what_was_kept_is_left_alone(tmp_path):
+    kept = decoding._Kept(1, "L", 100)
+    remade, (identity, *args) = kept.__reduce__()
+    kept.keep(0, Image.new("L", (5, 5), 7), 3)
+    image, target = remade(identity, *args).get(0)
+    assert (image.size, image.getpixel((4, 4)), target) == ((5, 5), 7, 3)
+    (tmp_path / "other").write_bytes(bytes(1000))
+    assert remade(identity, *args[:-1], str(tmp_path / "other")) is None
+    assert remade(identity, *args[:-1], str(tmp_path / "none")) is None
+
+
+def test_an_archive_is_opened_by_each_worker(tmp_path):
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        for folder in sorted(IMAGES.iterdir()):
+            archive.add(folder, folder.name)
+    data = train_on(tmp_path / "images.tar", create_transform((3, 20, 20)))
+    assert data.reader.tar_state.tf is None and len(pickle.dumps(data))
+    folder = train_on(IMAGES, create_transform((3, 20, 20)))
+    assert all(np.array_equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(data, folder, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGB", "YCbCr", "CMYK", "LA", "L", "I", "F"])
