@@ -3,11 +3,12 @@
     python benchmarks/photographs.py DATA
 
 DATA has train/CLASS/IMAGE and val/CLASS/IMAGE; a part of its images is made as large as a phone's, 12 megapixels, with
-some noise, and the recipe `finetune` trains on those. An epoch's seconds, with its validation, are what two more epochs
-take after the first one, in which the launcher fills its memory.
+some noise, and the recipe `finetune` trains on those, by turns. An epoch's seconds, with its validation, are what two
+more epochs take after the first one, in which the launcher fills its memory.
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,18 +41,7 @@ def make(data: Path, target: Path, count: int) -> int:
 def seconds(command: list[str], data: Path, epochs: int) -> float:
     """How long a training takes."""
     with tempfile.TemporaryDirectory() as folder:
-        args = [
-            "--data-dir",
-            str(data),
-            "--val-split",
-            "val",
-            "--num-classes",
-            "2",
-            "--device",
-            "cpu",
-            "--output",
-            folder,
-        ]
+        args = ["--data-dir", str(data), "--output", folder, *"--val-split val --num-classes 2 --device cpu".split()]
         start = time.perf_counter()
         subprocess.run([*command, *args, "--epochs", str(epochs)], check=True, capture_output=True)
         return time.perf_counter() - start
@@ -61,6 +51,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--count", type=int, default=40, help="images of each class and split (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     alone = [sys.executable, str(find_script("train")), "--config", str(RECIPES / "finetune.yaml")]
     commands = {
@@ -69,7 +60,12 @@ if __name__ == "__main__":
     }
     with tempfile.TemporaryDirectory() as folder:
         images = make(args.data, Path(folder), args.count)
-        for name, command in commands.items():
-            first, more = (seconds(command, Path(folder), epochs) for epochs in (1, 3))
-            print(f"{name:22}{(more - first) / 2:6.1f} seconds an epoch of {images} photographs", flush=True)
+        taken: dict[str, list[float]] = {name: [] for name in commands}
+        for _ in range(args.repeats):
+            for name, command in commands.items():
+                first, more = (seconds(command, Path(folder), epochs) for epochs in (1, 3))
+                taken[name].append((more - first) / 2)
+    for name, values in taken.items():
+        spread = f"({min(values):.1f} to {max(values):.1f})"
+        print(f"{name:22}{statistics.median(values):6.1f} {spread} seconds an epoch of {images} photographs")
     print(f"torch {torch.__version__}, timm {timm.__version__}")

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import numbers
 import os
 import sys
@@ -84,13 +85,13 @@ def predict(
             yield image, [(names[i], p) for i, p in zip(ids, ps, strict=True)]
 
     batch = []
-    for image, loaded in _load_each(load, images):
-        if not isinstance(loaded, ImageError):
-            batch.append((image, loaded))
-        elif on_error is None:
-            raise loaded
-        else:
-            on_error(image, loaded)
+    for image, read in _readings(load, images):
+        try:
+            batch.append((image, read()))
+        except ImageError as error:
+            if on_error is None:
+                raise
+            on_error(image, error)
         if len(batch) == batch_size:
             yield from run(batch)
             batch = []
@@ -98,34 +99,21 @@ def predict(
         yield from run(batch)
 
 
-def _load_each(load: Loader, images: Any) -> Iterator[tuple[Any, torch.Tensor | ImageError]]:
-    """Each image with what is read of it, or why it can't be; large files of a list or folder several at a time."""
-
-    def attempt(image: Any) -> torch.Tensor | ImageError:
-        try:
-            return load(image)
-        except ImageError as error:
-            return error
-
+def _readings(load: Loader, images: Any) -> Iterator[tuple[Any, Callable[[], torch.Tensor]]]:
+    """Each image with what reads it; large files of a list or folder are read several at a time by then."""
     if not isinstance(images, str | os.PathLike | list | tuple):  # an iterator may write its files as they are read
-        yield from ((image, attempt(image)) for image in _each(images))
+        yield from ((image, functools.partial(load, image)) for image in _each(images))
         return
     count = min(_THREADS, torch.get_num_threads())
     pool = concurrent.futures.ThreadPoolExecutor(count)
-    waiting: collections.deque[tuple[Any, concurrent.futures.Future[torch.Tensor | ImageError] | None]]
-    waiting = collections.deque()
-
-    def first() -> tuple[Any, torch.Tensor | ImageError]:
-        image, reading = waiting.popleft()
-        return image, attempt(image) if reading is None else reading.result()
-
+    waiting: collections.deque[tuple[Any, Callable[[], torch.Tensor]]] = collections.deque()
     try:
         for image in _each(images):
-            waiting.append((image, pool.submit(attempt, image) if _is_large(image) else None))
+            in_pool = _is_large(image)
+            waiting.append((image, pool.submit(load, image).result if in_pool else functools.partial(load, image)))
             if len(waiting) > 2 * count:
-                yield first()
-        while waiting:
-            yield first()
+                yield waiting.popleft()
+        yield from waiting
     finally:
         pool.shutdown(cancel_futures=True)
 

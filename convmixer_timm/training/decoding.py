@@ -176,8 +176,8 @@ class _Reader:
             enough: How many pixels a side may stay, as for `load_in_mode`.
         """
         self._prepare, self._enough, self._kept = prepare, enough, None
-        # An archive's reader would stay open, and workers read from one place in one file.
-        if type(self._reader).__name__ not in ("ReaderImageFolder", "ReaderHfds"):
+        # An archive's reader would stay open, and workers read from one place in one file; pixels have no palette.
+        if type(self._reader).__name__ not in ("ReaderImageFolder", "ReaderHfds") or self._mode in ("P", "PA"):
             return
         count = len(self._reader)
         sample = {}
@@ -186,7 +186,7 @@ class _Reader:
                 file, *rest = self._reader[index]
                 if len(rest) == 1:  # no features beside the target
                     sample[index] = self._load(file), *rest
-        if not sample or self._mode in ("P", "PA"):  # whose palette is no part of the pixels
+        if not sample:
             return
         expected = count * max(len(image.tobytes()) for image, _ in sample.values())
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):  # not here, or no such memory

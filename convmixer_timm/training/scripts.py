@@ -34,9 +34,9 @@ __all__ = [
 ]
 
 REPOSITORY = "huggingface/pytorch-image-models"
+BASE_URL = f"https://raw.githubusercontent.com/{REPOSITORY}"
 # Scripts that train; the second is the first as it was before timm's training tasks.
 TRAINERS = ("train", "legacy_train")
-BASE_URL = f"https://raw.githubusercontent.com/{REPOSITORY}"
 
 
 def find_script(name: str, folder: str | Path | None = None) -> Path:

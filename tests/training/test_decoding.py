@@ -48,6 +48,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+# In a process of its own, as the next: a loader's workers crash a process that has the engines' threads.
 FORGETS = """
 import shutil, sys
 from timm.data import create_dataset
@@ -77,7 +78,6 @@ def test_workers_of_any_kind_share_what_they_decoded(start, tmp_path):
     assert done.stdout == "30 True\n"
 
 
-# In a process of its own: a loader's workers crash a process that has the engines' threads.
 LOADS = """
 import hashlib, sys
 from timm.data import create_dataset
@@ -259,7 +259,6 @@ def test_modes_keep_what_an_image_has(mode, tmp_path):
     (tmp_path / "a").mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (9, 9, 4), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a/0.png")
-    use_one_reader(training=True)
     data = train_on(tmp_path, input_img_mode=mode)
     for image, _ in (data[0], data[0]):
         assert image.mode == mode and np.array_equal(image, Image.fromarray(pixels).convert(mode))
