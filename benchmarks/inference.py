@@ -56,7 +56,7 @@ def prepare(args, setting: str, precision: str):
     real = list(calibration_batches(model, args.calibration)) if args.calibration else []
     if real:
         images = torch.cat(real)[torch.arange(args.batch_size) % sum(map(len, real))]
-    batches = real if precision == "int8" else []
+    batches = real if precision == "int8" else None
     with torch.inference_mode():
         expected = model(images)
     label = setting
@@ -74,7 +74,7 @@ def prepare(args, setting: str, precision: str):
         label = f"optimize ({run.chosen})"
     else:
         with quiet():
-            run = BACKENDS[setting][0](model, images, precision, False, batches)
+            run = BACKENDS[setting][0](model, images, precision, False, batches or [])
     difference = ((run(images) - expected).abs().max() / expected.abs().max()).item()
     top1 = accuracy(args, model, run) if setting == "optimize" and args.accuracy else ""
     answer = {"difference": difference, "matches": difference <= TOLERANCES[precision], "label": label, "top1": top1}
@@ -117,6 +117,8 @@ def peak_flops(args, precision: str) -> float:
 
 def work(args) -> None:
     """A worker: says that it is ready, then answers each line on stdin with the seconds of one call."""
+    from convmixer_timm.errors import one_line
+
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what engines print is no answer
     setting, precision = args.worker
@@ -124,8 +126,9 @@ def work(args) -> None:
         return print(peak_flops(args, precision), file=answers)
     try:
         run, answer = prepare(args, setting, precision)
-    except RuntimeError as error:
-        return print(json.dumps({"matches": False, "why": str(error)}), file=answers)
+    except Exception as error:  # whatever it is, it is said in the row's place
+        why = f"{type(error).__name__}: {one_line(error)}"
+        return print(json.dumps({"matches": False, "why": why}), file=answers)
     for _ in range(2):
         run()
     print(json.dumps(answer), file=answers, flush=True)

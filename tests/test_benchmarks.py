@@ -1,5 +1,6 @@
 """The benchmarks run and draw; what they measure is theirs."""
 
+import argparse
 import csv
 import platform
 import subprocess
@@ -36,6 +37,26 @@ def test_inference_measures_what_matches(tmp_path):
         assert float(row["slowest"]) <= float(row["infer_samples_per_sec"]) <= float(row["fastest"])
         assert float(row["difference"]) < 1e-4
         assert row["torch"] and row["cpu"]
+
+
+@pytest.mark.parametrize(("precision", "folder"), [("fp32", ""), ("bf16", "tests/images"), ("int8", "tests/images")])
+def test_inference_measures_optimize_in_every_precision(precision, folder, monkeypatch):
+    from convmixer_timm.inference import engines, optimize
+
+    if reason := engines.unavailable("openvino", precision):
+        pytest.skip(reason)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import inference
+
+    monkeypatch.setattr(optimize, "_remembered", optimize._remembered)  # which the benchmark puts out of use
+    monkeypatch.setattr(engines, "BACKENDS", {"openvino": engines.BACKENDS["openvino"]})
+    monkeypatch.setattr(optimize, "BACKENDS", engines.BACKENDS)
+    model = "convmixer_128_4.e25_cifar10"
+    args = argparse.Namespace(model=model, img_size=32, batch_size=4, pretrained=[model], calibration="", accuracy="")
+    args.calibration = folder and str(BENCHMARKS.parent / folder)
+    run, answer = inference.prepare(args, "optimize", precision)
+    assert answer["matches"] and answer["label"].startswith("optimize (openvino")
+    assert run().shape == (4, 10)
 
 
 def test_committed_results_are_drawn(tmp_path):
