@@ -54,7 +54,9 @@ def of_train(recipe: str, args: list[str], batch_size: int, epochs: int) -> floa
     with tempfile.TemporaryDirectory() as folder:
         options = ["--output", folder, "--experiment", "run", "--epochs", str(epochs), "--warmup-epochs", "0"]
         command = [sys.executable, "-m", "convmixer_timm", "train", recipe, *options, *args, "--log-interval", "100"]
-        done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(done.stdout)
     means = {int(step): float(mean) for epoch, step, mean in LOG.findall(done.stdout) if int(epoch) == epochs - 1}
     last = max(means)
     return batch_size * (last - 100) / ((last + 1) * means[last] - 101 * means[100])

@@ -49,12 +49,10 @@ if __name__ == "__main__":
                 config = Path(folder) / "config.yaml"
                 config.write_text(yaml.safe_dump({**recipe, **SETTINGS[name], "seed": seed}), encoding="utf-8")
                 command = [sys.executable, "-m", "convmixer_timm", "train", str(config), "--output", folder]
-                subprocess.run(
-                    [*command, "--experiment", "run", "--data-dir", str(args.data)],
-                    check=True,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                )
+                command += ["--experiment", "run", "--data-dir", str(args.data)]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(done.stderr)
                 with (Path(folder) / "run" / "summary.csv").open(encoding="utf-8") as file:
                     *_, last = csv.DictReader(file)
             rows.append({"data": args.data.name, "model": recipe["model"], "setting": name, "seed": seed})

@@ -43,7 +43,9 @@ def seconds(command: list[str], data: Path, epochs: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         args = ["--data-dir", str(data), "--output", folder, *"--val-split val --num-classes 2 --device cpu".split()]
         start = time.perf_counter()
-        subprocess.run([*command, *args, "--epochs", str(epochs)], check=True, capture_output=True)
+        done = subprocess.run([*command, *args, "--epochs", str(epochs)], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
         return time.perf_counter() - start
 
 
