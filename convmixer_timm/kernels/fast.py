@@ -360,7 +360,8 @@ def _is_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     return (
         type(conv) is nn.Conv2d
         and conv.groups == conv.in_channels == conv.out_channels
-        and (conv.padding, conv.stride, conv.dilation, conv.padding_mode) == ("same", (1, 1), (1, 1), "zeros")
+        and conv.padding in ("same", tuple((side - 1) / 2 for side in conv.kernel_size))
+        and (conv.stride, conv.dilation, conv.padding_mode) == ((1, 1), (1, 1), "zeros")
         and conv.weight.shape[2] == conv.weight.shape[3]
         and _plain(conv.weight)
         and untouched(conv)

@@ -116,6 +116,20 @@ def test_a_plain_loop_runs_on_the_kernels(calls, memory_format, autocast, kwargs
     assert calls == ["act_norm", *["spatial_mixing", "act_norm"] * 2]
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("kernel_size", "padding", "taken"),
+    [(5, "same", True), (5, 2, True), (5, (2, 1), False), (4, "same", True), (6, 3, False)],
+)
+def test_a_convolution_of_ones_own_with_the_same_padding_is_taken(calls, kernel_size, padding, taken):
+    layer = small_model().blocks[0][0].fn
+    layer[0] = nn.Conv2d(32, 32, kernel_size, groups=32, padding=padding)
+    x = torch.randn(2, 32, 8, 8)
+    layer(x).sum().backward()
+    assert calls.count("spatial_mixing") == taken
+    torch.testing.assert_close(layer(x), layer.forward(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_layouts_come_out_as_they_went_in(way, training):
     model = small_model().train(training)
