@@ -13,7 +13,7 @@ from PIL import Image
 from ..errors import one_line
 from ..images import ImageError, find_images, image_loader
 
-__all__ = ["calibration_batches", "check_calibration"]
+__all__ = ["calibration_batches", "check_calibration", "spread"]
 
 _logger = logging.getLogger(__name__)
 _ENOUGH = 300
@@ -23,6 +23,12 @@ def check_calibration(source: Any, precision: str) -> None:
     """Raises ValueError for calibration images that nothing would be done with."""
     if source is not None and precision != "int8":
         raise ValueError(f"calibration images are for int8, and this is {precision}: leave out one of them")
+
+
+def spread(images: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many of the images, from first to last: of every class, where these follow one another."""
+    count = min(len(images), most)
+    return images[torch.arange(count) * len(images) // count]
 
 
 def calibration_batches(

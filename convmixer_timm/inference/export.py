@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from ..files import folder_beside
 from ..images import data_config
-from .calibration import calibration_batches, check_calibration
+from .calibration import calibration_batches, check_calibration, spread
 from .class_map import ClassMap, has_class_map
 from .engines import onnx_program, openvino_model, quantized, quiet, unavailable
 from .labels import check_labels, class_names
@@ -116,7 +116,7 @@ def export(
         write, load = _FORMATS[format]
         write(_Task(network, example, precision, dynamic_batch, batches, metadata), file)
         # int8 is made for real images, and one of them tells little of how far off it is.
-        images = torch.cat(batches)[:COMPARED] if batches else other
+        images = spread(torch.cat(batches), COMPARED) if batches else other
         _compare(network, load(file), images.split(len(images) if dynamic_batch else 1), precision)
         for part in sorted(temporary.iterdir()):  # OpenVINO's .xml last: it needs the .bin
             os.replace(part, target.with_suffix(part.suffix))

@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from ..errors import one_line
 from ..files import atomic_path, cache_dir
-from .calibration import calibration_batches, check_calibration
+from .calibration import calibration_batches, check_calibration, spread
 from .engines import BACKENDS, PRECISIONS, Batches, Run, no_autocast, quiet, unavailable
 from .folding import fold_norms
 from .loading import check_finite, check_module, uncompiled
@@ -151,7 +151,9 @@ def optimize(
         raise RuntimeError("; ".join(dict.fromkeys(str(reason) for reason in reasons.values())))
 
     # int8 is made for real images: of others it may give anything.
-    checked = torch.cat(batches[:1] if fixed_batch else batches)[:COMPARED] if batches else example_input
+    checked = example_input
+    if batches:
+        checked = batches[0][:COMPARED] if fixed_batch else spread(torch.cat(batches), COMPARED)
     # Eager modes that would reach into an engine's trace are none of its business.
     plain = copy.deepcopy(model).float().eval().requires_grad_(False)
     with quiet():
