@@ -10,6 +10,7 @@ the training images a border, for crops of 32 pixels out of 40: ``--input-size 3
 import argparse
 from pathlib import Path
 
+from arguments import existing_folder, new_folder
 from holdout import split
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -32,14 +33,18 @@ def add_border(folder: Path, padding: int, mode: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="as for --dataset torch/cifar10 --data-dir DIR")
-    parser.add_argument("target", type=Path)
+    parser.add_argument("source", type=existing_folder, help="as for --dataset torch/cifar10 --data-dir DIR")
+    parser.add_argument("target", type=new_folder)
     parser.add_argument("--per-class", type=int, default=250)
     parser.add_argument("--cifar100", action="store_true")
     parser.add_argument("--padding", type=int, default=0, help="pixels around each training image")
     parser.add_argument("--padding-mode", choices=("constant", "reflect"), default="reflect", help="constant: black")
     args = parser.parse_args()
     dataset = CIFAR100 if args.cifar100 else CIFAR10
+    try:
+        dataset(args.source)
+    except RuntimeError:
+        parser.error(f"{args.source} has no {dataset.base_folder} as torchvision downloads it")
     write(dataset(args.source, train=False), args.target / "test")
     write(dataset(args.source, train=True), args.target / ("all" if args.per_class else "train"))
     if args.per_class:

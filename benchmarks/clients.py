@@ -9,7 +9,7 @@ transformers, lightning and fastai have tests instead (`tests/clients`).
 import argparse
 import re
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import timm
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
+from arguments import known
 
 import convmixer_timm  # noqa: F401  registers the variants
 
@@ -136,10 +137,16 @@ CLIENTS = [accelerate, fsdp2, torchao_weights, torchao_pt2e, executorch, coremlt
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help=", ".join(client.__name__ for client in CLIENTS))
+    names = [client.__name__ for client in CLIENTS]
+    parser.add_argument("names", nargs="*", type=lambda name: known("client", name, names), help=", ".join(names))
     chosen = parser.parse_args().names
     for client in CLIENTS:
         if not chosen or client.__name__ in chosen:
             package = {"fsdp2": "torch"}.get(client.__name__, re.sub("_(weights|pt2e)$", "", client.__name__))
+            try:
+                installed = version(package)
+            except PackageNotFoundError:
+                print(f"{client.__name__:16}not measured: {package} is not installed", flush=True)
+                continue
             with tempfile.TemporaryDirectory() as folder:
-                print(f"{client.__name__:16}{package} {version(package)}: {client(Path(folder))}", flush=True)
+                print(f"{client.__name__:16}{package} {installed}: {client(Path(folder))}", flush=True)

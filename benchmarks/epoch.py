@@ -17,6 +17,7 @@ import time
 import timm
 import torch
 import yaml
+from arguments import positive
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 
@@ -58,18 +59,22 @@ def of_train(recipe: str, args: list[str], batch_size: int, epochs: int) -> floa
     if done.returncode:
         sys.exit(done.stdout)
     means = {int(step): float(mean) for epoch, step, mean in LOG.findall(done.stdout) if int(epoch) == epochs - 1}
-    last = max(means)
+    last = max(means, default=0)
+    if last <= 100:
+        sys.exit(f"an epoch of {last + 1} steps is too short: the first hundred are left out")
     return batch_size * (last - 100) / ((last + 1) * means[last] - 101 * means[100])
 
 
 if __name__ == "__main__":
+    settings = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(RECIPES.glob("*.yaml"))}
+    recipes = [name for name, recipe in settings.items() if "num_classes" in recipe]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
-    parser.add_argument("--steps", type=int, default=150, help="without data")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=1, help="of train.py; the last one counts")
+    parser.add_argument("recipe", choices=recipes, help=", ".join(recipes), metavar="RECIPE")
+    parser.add_argument("--steps", type=positive, default=150, help="without data")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--epochs", type=positive, default=1, help="of train.py; the last one counts")
     args, others = parser.parse_known_args()
-    recipe = yaml.safe_load((RECIPES / f"{args.recipe}.yaml").read_text(encoding="utf-8"))
+    recipe = settings[args.recipe]
     rates: dict[str, list[float]] = {"steps alone": [], "train.py": []}
     for _ in range(args.repeats):
         rates["steps alone"].append(steps_alone(recipe, args.steps))

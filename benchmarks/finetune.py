@@ -17,6 +17,7 @@ from pathlib import Path
 import timm
 import torch
 import yaml
+from arguments import existing_folder, new_file, positive, pretrained_model, splits
 
 from convmixer_timm.training.launch import RECIPES
 
@@ -29,15 +30,17 @@ SETTINGS = {
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--num-classes", type=int, required=True)
+    parser.add_argument("data", type=existing_folder)
+    parser.add_argument("--num-classes", type=positive, required=True)
     parser.add_argument("--val-split", default="val")
-    parser.add_argument("--model", help="checkpoint (the recipe's)")
-    parser.add_argument("--epochs", type=int, help="(the recipe's)")
+    parser.add_argument("--model", type=pretrained_model, help="checkpoint (the recipe's)")
+    parser.add_argument("--epochs", type=positive, help="(the recipe's)")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--results", type=Path, help="CSV to write")
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--results", type=new_file, help="CSV to write")
     args = parser.parse_args()
+    if missing := splits(args.data, "train", args.val_split):
+        parser.error(missing)
     recipe = yaml.safe_load((RECIPES / "finetune.yaml").read_text(encoding="utf-8"))
     recipe |= {key: value for key in ("model", "epochs") if (value := getattr(args, key))}
     recipe |= {"num_classes": args.num_classes, "val_split": args.val_split, "val_interval": recipe["epochs"]}

@@ -12,6 +12,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from arguments import model_pixels_batch, positive
 from gpu_train import forward
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from train_step import append_rows, build
@@ -84,17 +85,18 @@ def inference(setting: str, name: str, images: torch.Tensor):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", required=True, metavar="MODEL:PIXELS:BATCH")
+    parser.add_argument("--models", type=model_pixels_batch, nargs="+", required=True, metavar="MODEL:PIXELS:BATCH")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--inference", nargs="*", choices=INFERENCE, default=[], metavar="SETTING")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("PyTorch sees no NVIDIA GPU here")
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "timm": timm.__version__}
     rows = []
-    for model in args.models:
-        name, pixels, batch = model.split(":")
-        images = torch.randn(int(batch), 3, int(pixels), int(pixels), device="cuda")
+    for name, pixels, batch in args.models:
+        images = torch.randn(batch, 3, pixels, pixels, device="cuda")
         for loop, settings in ((training, args.settings), (inference, args.inference)):
             for setting in settings:
                 torch.cuda.reset_peak_memory_stats()
@@ -102,7 +104,7 @@ if __name__ == "__main__":
                 for _ in range(3):
                     step()
                 row = {"loop": loop.__name__, "model": name, "pixels": pixels, "batch_size": batch, "setting": setting}
-                row["images_per_s"] = round(int(batch) / seconds(step, args.repeats))
+                row["images_per_s"] = round(batch / seconds(step, args.repeats))
                 row["peak_MiB"] = round(torch.cuda.max_memory_allocated() / 2**20)
                 rows.append({**row, **about})
                 print(*row.values(), sep="  ", flush=True)

@@ -26,6 +26,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
+from arguments import existing_file, existing_folder, splits
 from PIL import Image
 from timm.data import create_transform
 from timm.optim import param_groups_weight_decay
@@ -428,9 +429,9 @@ def train(settings: dict, data: Path, run: Path, device: str, seconds: float | N
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=existing_folder)
     parser.add_argument("names", nargs="+", help="of gpu_recipes.yaml")
-    parser.add_argument("--recipes", type=Path, default=RECIPES)
+    parser.add_argument("--recipes", type=existing_file, default=RECIPES)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, help="fewer epochs than the recipe's, if those would take longer")
@@ -438,8 +439,8 @@ if __name__ == "__main__":
     recipes = yaml.safe_load(options.recipes.read_text(encoding="utf-8"))
     if unknown := [name for name in options.names if name not in recipes]:
         parser.error(f"{options.recipes} has no {', '.join(unknown)}; there are {', '.join(recipes)}")
-    if missing := [split for split in ("train", "validation") if not (options.data / split).is_dir()]:
-        parser.error(f"{options.data} has no folder {' or '.join(missing)}: cifar_folders.py makes them")
+    if missing := splits(options.data, "train", "validation"):
+        parser.error(f"{missing}: cifar_folders.py makes them")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("PyTorch sees no NVIDIA GPU here; --device cpu tries a recipe, slowly")
     if options.device.startswith("cuda:"):

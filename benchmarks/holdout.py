@@ -9,6 +9,8 @@ import argparse
 import random
 from pathlib import Path
 
+from arguments import existing_folder, new_folder
+
 
 def split(source: Path, target: Path, per_class: int, seed: int, classes: list[str] | None = None) -> None:
     for folder in sorted(p for p in source.iterdir() if p.is_dir() and p.name in (classes or [p.name])):
@@ -19,15 +21,13 @@ def split(source: Path, target: Path, per_class: int, seed: int, classes: list[s
         for name, part in (("validation", files[:per_class]), ("train", files[per_class:])):
             (target / name / folder.name).mkdir(parents=True, exist_ok=True)
             for file in part:
-                link = target / name / folder.name / file.name
-                link.unlink(missing_ok=True)
-                link.symlink_to(file.resolve())
+                (target / name / folder.name / file.name).symlink_to(file.resolve())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("source", type=existing_folder)
+    parser.add_argument("target", type=new_folder)
     parser.add_argument("--per-class", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="(all)")

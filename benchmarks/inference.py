@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from arguments import existing_folder, model_pixels_batch, positive
 from train_step import append_rows, build, machine
 
 # What is timed. 'timm' is its class as it comes, 'eager' this package's, 'optimize' its one call.
@@ -185,7 +186,7 @@ def measure(args, model: str, img_size: int, batch_size: int) -> list[dict]:
     rows = []
     for (setting, precision), values in seconds.items():
         median = statistics.median(values)
-        quantiles = statistics.quantiles(values, n=20)
+        quantiles = statistics.quantiles(values, n=20) if len(values) > 1 else values
         rows.append(
             {
                 "model": model,
@@ -300,14 +301,17 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--pretrained", nargs="*", default=[], help=argparse.SUPPRESS)
-    columns = ["convmixer_256_8:32:64", "convmixer_768_32:224:4", "convmixer_1536_20:224:2"]
-    parser.add_argument("--columns", nargs="*", default=columns, metavar="MODEL:PIXELS:BATCH", help="(%(default)s)")
+    columns = [("convmixer_256_8", 32, 64), ("convmixer_768_32", 224, 4), ("convmixer_1536_20", 224, 2)]
+    default = ", ".join(":".join(map(str, column)) for column in columns)
+    form = {"type": model_pixels_batch, "metavar": "MODEL:PIXELS:BATCH"}
+    parser.add_argument("--columns", **form, nargs="*", default=columns, help=f"({default})")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, metavar="SETTING")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, metavar="PRECISION")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--calls", type=int, default=10, help="calls a repeat at batch 1 (%(default)s)")
-    parser.add_argument("--calibration", metavar="DIR", help="images for int8, which is left out without them")
-    parser.add_argument("--accuracy", metavar="DIR", help="labelled images: top-1 of `optimize` for bundled weights")
+    parser.add_argument("--repeats", type=positive, default=10)
+    parser.add_argument("--calls", type=positive, default=10, help="calls a repeat at batch 1 (%(default)s)")
+    images = {"type": existing_folder, "metavar": "DIR"}
+    parser.add_argument("--calibration", **images, help="images for int8, which is left out without them")
+    parser.add_argument("--accuracy", **images, help="labelled images: top-1 of `optimize` for bundled weights")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--plots", type=Path, help="draw the CSV's rows, or this run's, into this folder")
     parser.add_argument("--quick", action="store_true", help="one small model, in less than two minutes")
@@ -315,7 +319,19 @@ def main() -> None:
     if args.worker:
         return work(args)
     if args.quick:
-        args.columns, args.repeats, args.precisions = ["convmixer_128_4:32:4"], 5, ["fp32"]
+        args.columns, args.repeats, args.precisions = [("convmixer_128_4", 32, 4)], 5, ["fp32"]
+
+    args.kinds = [
+        (setting, precision)
+        for precision in args.precisions
+        for setting in args.settings
+        if runnable(setting, precision) and (precision != "int8" or args.calibration)
+    ]
+    if args.columns and not args.kinds:
+        without = "" if args.calibration or "int8" not in args.precisions else "; int8 takes --calibration DIR"
+        parser.error(f"none of {', '.join(args.settings)} runs in {', '.join(args.precisions)} here{without}")
+    if not args.columns and not (args.csv and args.csv.is_file()):
+        parser.error("without --columns it draws what --csv has, and there is no such file")
 
     from huggingface_hub.utils import tqdm
 
@@ -326,18 +342,11 @@ def main() -> None:
         except ImportError:
             about[package] = ""
     print(about)
-    args.pretrained = [m for m in (c.split(":")[0] for c in args.columns) if "." in m]
-    args.kinds = [
-        (setting, precision)
-        for precision in args.precisions
-        for setting in args.settings
-        if runnable(setting, precision) and (precision != "int8" or args.calibration)
-    ]
+    args.pretrained = [model for model, _, _ in args.columns if "." in model]
     everything: list[dict] = []
     args.progress = tqdm(total=len(args.columns) * len(args.kinds), unit="row")
-    for column in args.columns:
-        model, img_size, batch_size = column.split(":")
-        rows = measure(args, model, int(img_size), int(batch_size))
+    for model, img_size, batch_size in args.columns:
+        rows = measure(args, model, img_size, batch_size)
         for row in rows:
             args.progress.write(
                 "  ".join(f"{k}={v}" for k, v in row.items() if k not in ("infer_gmacs", "param_count"))

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from arguments import existing_folder, named_errors
 from PIL import Image, ImageOps
 
 from convmixer_timm.images import find_images, load_image
@@ -45,11 +46,12 @@ def pairs(few: Path, many: Path, above: float) -> list[tuple[float, Path, Path]]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("few", type=Path)
-    parser.add_argument("many", type=Path)
+    parser.add_argument("few", type=existing_folder)
+    parser.add_argument("many", type=existing_folder)
     parser.add_argument("--above", type=float, default=0.9, metavar="CORRELATION")
     args = parser.parse_args()
-    found = pairs(args.few, args.many, args.above)
+    with named_errors(parser):
+        found = pairs(args.few, args.many, args.above)
     for similarity, file, other in found:
         print(f"{similarity:.3f}  {file}  {other}")
     few, many = {file for _, file, _ in found}, {other for _, _, other in found}

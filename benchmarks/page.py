@@ -24,12 +24,13 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from arguments import existing_folder, named_errors, positive, registered_model
 from PIL import Image
 from train_step import append_rows, machine
 
 import convmixer_timm
 from convmixer_timm import load_model
-from convmixer_timm.images import find_images, image_loader
+from convmixer_timm.images import find_images, image_loader, load_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.web.browser import Browser
@@ -165,19 +166,22 @@ def screenshots(runtime: str, target: Path) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runtime", required=True, help="npm's onnxruntime-web")
+    parser.add_argument("--runtime", type=existing_folder, required=True, help="npm's onnxruntime-web")
     parser.add_argument("--screenshots", type=Path, metavar="DIR", help="only draw the README's, there")
     parser.add_argument("--images", help="photographs, each of another name")
-    parser.add_argument("--count", type=int, default=100, help="images (%(default)s)")
-    parser.add_argument("--models", nargs="+", default=["convmixer_128_4.e25_cifar10", "convmixer_256_8.e100_cifar10"])
-    parser.add_argument("--calibration", help="images for int8, which is then measured too")
+    parser.add_argument("--count", type=positive, default=100, help="images (%(default)s)")
+    models = ["convmixer_128_4.e25_cifar10", "convmixer_256_8.e100_cifar10"]
+    parser.add_argument("--models", type=registered_model, nargs="+", default=models)
+    parser.add_argument("--calibration", type=existing_folder, help="images for int8, which is then measured too")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     if args.screenshots:
         return screenshots(args.runtime, args.screenshots)
     if not args.images:
         parser.error("--images or --screenshots")
-    found = [path.absolute() for path in find_images([args.images])]
+    with named_errors(parser):
+        found = [path.absolute() for path in find_images([args.images])]
+        load_image(found[0])
     images = found[:: max(1, len(found) // args.count)][: args.count]
     threads = torch.get_num_threads()
     for name in args.models:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from arguments import existing_folder, named_errors, positive, splits
 from PIL import Image
 
 from convmixer_timm.training.launch import RECIPES
@@ -51,17 +52,23 @@ def seconds(command: list[str], data: Path, epochs: int) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--count", type=int, default=40, help="images of each class and split (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("data", type=existing_folder)
+    parser.add_argument("--count", type=positive, default=40, help="images of each class and split (%(default)s)")
+    parser.add_argument("--repeats", type=positive, default=3)
     args = parser.parse_args()
-    alone = [sys.executable, str(find_script("train")), "--config", str(RECIPES / "finetune.yaml")]
+    if missing := splits(args.data, "train", "val"):
+        parser.error(missing)
+    with named_errors(parser):
+        script = find_script("train")
+    alone = [sys.executable, str(script), "--config", str(RECIPES / "finetune.yaml")]
     commands = {
         "train.py": [*alone, "--device-modules", "convmixer_timm"],
         "convmixer-timm train": [sys.executable, "-m", "convmixer_timm", "train", "finetune"],
     }
     with tempfile.TemporaryDirectory() as folder:
         images = make(args.data, Path(folder), args.count)
+        if not images:
+            parser.error(f"no images in {args.data}/train/CLASS and {args.data}/val/CLASS")
         taken: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(args.repeats):
             for name, command in commands.items():

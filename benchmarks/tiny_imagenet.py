@@ -11,17 +11,22 @@ a folder given by ``--without`` too, on which a model is to be fine-tuned and me
 import argparse
 from pathlib import Path
 
+from arguments import existing_folder, new_folder, splits
 from holdout import split
 from near_duplicates import pairs
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="with train, val, wnids.txt and words.txt, as its archive has it")
-    parser.add_argument("target", type=Path)
+    parser.add_argument(
+        "source", type=existing_folder, help="with train, val, wnids.txt and words.txt, as its archive has it"
+    )
+    parser.add_argument("target", type=new_folder)
     parser.add_argument("--per-class", type=int, default=10)
-    parser.add_argument("--without", type=Path, metavar="FOLDER")
+    parser.add_argument("--without", type=existing_folder, metavar="FOLDER")
     parser.add_argument("--above", type=float, default=0.96, metavar="CORRELATION")
     args = parser.parse_args()
+    if missing := splits(args.source, "train", "val"):
+        parser.error(f"{missing}, as Tiny-ImageNet's archive has them")
 
     def link(name: str, file: Path, part: str) -> None:
         folder = args.target / part / name

@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from arguments import optimizer_name, positive, registered_model
+
 SETTINGS = {  # name: (whose class, channels-last, compiled, allocator set in the environment)
     "timm": ("timm", False, False, False),
     "timm channels-last": ("timm", True, False, False),
@@ -154,7 +156,8 @@ def measure(args, batch_size: int) -> list[dict]:
     workers = {}
     for name in args.settings:
         workers[name] = start(name, allocator=SETTINGS[name][3])
-        assert workers[name].stdout.readline() == "ready\n", name
+        if workers[name].stdout.readline() != "ready\n":
+            sys.exit(f"{name}: its process ended before it was ready")
     seconds, memory = {name: [] for name in workers}, {}
     for _ in range(args.repeats):
         for name, worker in workers.items():
@@ -227,12 +230,12 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="convmixer_256_8")
-    parser.add_argument("--img-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--model", type=registered_model, default="convmixer_256_8")
+    parser.add_argument("--img-size", type=positive, default=32)
+    parser.add_argument("--batch-size", type=positive, nargs="+", default=[128, 512])
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--opt", default="adamw", help="timm's name of the optimizer (adamw)")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--opt", type=optimizer_name, default="adamw", help="timm's name of the optimizer (adamw)")
+    parser.add_argument("--repeats", type=positive, default=10)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--evaluate", action="store_true", help="time evaluation without gradients instead")
     parser.add_argument("--march", help="build the kernels for this processor, as haswell for AVX2 alone")

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import platform
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,52 @@ def test_inference_measures_optimize_in_every_precision(precision, folder, monke
     run, answer = inference.prepare(args, "optimize", precision)
     assert answer["matches"] and answer["label"].startswith("optimize (openvino")
     assert run().shape == (4, 10)
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "said"),
+    [
+        ("train_step", ["--model", "convmixer_25_8"], "no model 'convmixer_25_8': did you mean convmixer_256_8?"),
+        ("train_step", ["--opt", "adamx"], "no optimizer 'adamx': did you mean adamax?"),
+        ("train_step", ["--repeats", "0"], "a whole number of 1 or more, not '0'"),
+        ("inference", ["--columns", "convmixer_256_8:32"], "MODEL:PIXELS:BATCH, not 'convmixer_256_8:32'"),
+        ("inference", ["--columns"], "without --columns it draws what --csv has, and there is no such file"),
+        ("finetune", [".", "--num-classes", "2"], ". has no folder train or val"),
+        (
+            "finetune",
+            [".", "--num-classes", "2", "--model", "convmixer_256_8.e1"],
+            "no checkpoint 'convmixer_256_8.e1'",
+        ),
+        ("pack", ["nowhere", "name"], "no folder nowhere"),
+        ("epoch", ["finetune"], "invalid choice: 'finetune'"),
+        ("clients", ["acelerate"], "no client 'acelerate': did you mean accelerate?"),
+        ("cifar_folders", [".", "."], ". is there already, and not empty: name another folder, or remove it first"),
+        ("cifar_folders", [".", "new"], ". has no cifar-10-batches-py as torchvision downloads it"),
+    ],
+)
+def test_what_is_wrong_with_an_argument_is_said_in_a_line(script, args, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "something").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
+    assert error.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_split_is_not_laid_over_another(tmp_path):
+    for number in range(4):
+        (tmp_path / "all" / "cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / "cat" / f"{number}.png").touch()
+    command = [sys.executable, BENCHMARKS / "holdout.py", tmp_path / "all", tmp_path / "split", "--per-class"]
+    subprocess.run([*command, "1"], check=True)
+    again = subprocess.run([*command, "2"], capture_output=True, text=True)
+    assert again.returncode == 2 and "is there already, and not empty" in again.stderr
+    held_out, kept = (
+        sorted(p.name for p in (tmp_path / "split" / part / "cat").iterdir()) for part in ("validation", "train")
+    )
+    assert len(held_out) == 1 and sorted(held_out + kept) == ["0.png", "1.png", "2.png", "3.png"]
 
 
 def test_committed_results_are_drawn(tmp_path):

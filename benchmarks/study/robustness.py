@@ -9,6 +9,7 @@ writes a row for each degree of each corruption to ``robustness.csv``. Noise, bl
 import argparse
 import csv
 import io
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.datasets import ImageFolder
 
 import convmixer_timm  # noqa: F401  registers the variants
+
+sys.path.append(str(Path(__file__).parent.parent))
+from arguments import existing_folder, named_errors, positive, pretrained_model, splits
 
 
 def noise(image: Image.Image, degree: float) -> Image.Image:
@@ -90,13 +94,16 @@ def top1(model: torch.nn.Module, images: list[tuple[Image.Image, int]], transfor
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("cifar10"), help="folder with test")
-    parser.add_argument("--models", nargs="+", default=["convmixer_256_8.e100_cifar10"])
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent, help="folder of the table")
-    parser.add_argument("--images", type=int, help="take few images of all (to try it)")
+    parser.add_argument("--data-dir", type=existing_folder, default=Path("cifar10"), help="folder with test")
+    parser.add_argument("--models", type=pretrained_model, nargs="+", default=["convmixer_256_8.e100_cifar10"])
+    parser.add_argument("--results", type=existing_folder, default=Path(__file__).parent, help="folder of the table")
+    parser.add_argument("--images", type=positive, help="take few images of all (to try it)")
     args = parser.parse_args()
-    folder = ImageFolder(str(args.data_dir / "test"))
-    step = len(folder) // args.images if args.images else 1
+    if missing := splits(args.data_dir, "test"):
+        parser.error(missing)
+    with named_errors(parser):
+        folder = ImageFolder(str(args.data_dir / "test"))
+    step = max(1, len(folder) // args.images) if args.images else 1
     images = [folder[i] for i in range(0, len(folder), step)]
     rows = []
     for name in args.models:
