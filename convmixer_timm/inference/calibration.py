@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..errors import one_line
 from ..images import ImageError, find_images, image_loader
+from .reading import readings
 
 __all__ = ["calibration_batches", "check_calibration", "spread"]
 
@@ -101,8 +102,9 @@ def _from_files(model: Any, sources: Any, size: tuple[int, ...] | None, enough: 
     load = image_loader(model, size)
     paths = find_images(sources)
     count = min(len(paths), enough)
-    for i in range(count):  # from every class, as folders list one after the other
+    chosen = [paths[i * len(paths) // count] for i in range(count)]  # of every class: folders list one after the other
+    for _, read in readings(load, chosen):
         try:
-            yield load(paths[i * len(paths) // count])[None]
+            yield read()[None]
         except ImageError as error:
             _logger.warning("left out of the calibration: %s", one_line(error))

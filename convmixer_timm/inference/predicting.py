@@ -1,9 +1,5 @@
 """Images to class names and probabilities."""
 
-import collections
-import concurrent.futures
-import contextlib
-import functools
 import numbers
 import os
 import sys
@@ -20,15 +16,12 @@ from ..errors import one_line
 from ..images import ImageError, find_images, image_loader
 from .labels import class_names
 from .loading import check_finite, check_model, evaluating
+from .reading import readings
 
 __all__ = ["predict", "predict_files"]
 
 Classes = list[tuple[str, float]]
 Prediction = tuple[Path, Classes]
-Loader = Callable[[Any], torch.Tensor]
-
-_LARGE = range(100_000, 20_000_000)  # bytes of a file whose decoding is worth a thread, and leaves memory for others
-_THREADS = 4
 
 
 def predict(
@@ -85,7 +78,8 @@ def predict(
             yield image, [(names[i], p) for i, p in zip(ids, ps, strict=True)]
 
     batch = []
-    for image, read in _readings(load, images):
+    ahead = isinstance(images, str | os.PathLike | list | tuple)  # an iterator may write its files as they are read
+    for image, read in readings(load, _each(images), ahead):
         try:
             batch.append((image, read()))
         except ImageError as error:
@@ -97,31 +91,6 @@ def predict(
             batch = []
     if batch:
         yield from run(batch)
-
-
-def _readings(load: Loader, images: Any) -> Iterator[tuple[Any, Callable[[], torch.Tensor]]]:
-    """Each image with what reads it; large files of a list or folder are read several at a time by then."""
-    if not isinstance(images, str | os.PathLike | list | tuple):  # an iterator may write its files as they are read
-        yield from ((image, functools.partial(load, image)) for image in _each(images))
-        return
-    count = min(_THREADS, torch.get_num_threads())
-    pool = concurrent.futures.ThreadPoolExecutor(count)
-    waiting: collections.deque[tuple[Any, Callable[[], torch.Tensor]]] = collections.deque()
-    try:
-        for image in _each(images):
-            in_pool = _is_large(image)
-            waiting.append((image, pool.submit(load, image).result if in_pool else functools.partial(load, image)))
-            if len(waiting) > 2 * count:
-                yield waiting.popleft()
-        yield from waiting
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _is_large(image: Any) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return isinstance(image, str | os.PathLike) and os.path.getsize(image) in _LARGE
-    return False
 
 
 def _each(images: Any) -> Iterator[Any]:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from convmixer_timm.images import find_images
-from convmixer_timm.inference import calibration
+from convmixer_timm.inference import calibration, reading
 from convmixer_timm.inference.calibration import calibration_batches
 
 from ..conftest import IMAGES
@@ -35,6 +35,12 @@ def test_it_takes_loaders_and_folders(model, images):
     for wrong in (5, [()], [5], [{"a": 1}]):
         with pytest.raises(ValueError, match="calibration images"):
             list(calibration_batches(model, wrong))
+
+
+def test_large_files_are_read_by_several_threads_and_come_in_order(model, images, monkeypatch):
+    monkeypatch.setattr(reading, "_LARGE", range(2400, 10_000))  # some of the images are, some not
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert torch.equal(torch.cat(list(calibration_batches(model, IMAGES))), images)
 
 
 def test_it_sees_every_class_and_fills_a_batch(model, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from convmixer_timm import images, load_model, predict
 from convmixer_timm.cli import main
 from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.images import ImageError, load_image
-from convmixer_timm.inference import predicting
+from convmixer_timm.inference import reading
 
 from ..conftest import IMAGES
 
@@ -253,7 +253,7 @@ def test_one_or_many_images_of_any_kind(model):
 
 
 def test_large_files_are_read_by_several_threads_and_come_in_order(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(predicting, "_LARGE", range(2400, 10_000))  # some of the images are, some not
+    monkeypatch.setattr(reading, "_LARGE", range(2400, 10_000))  # some of the images are, some not
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     files = sorted(IMAGES.glob("*/*.png"))
     assert 5 < sum(file.stat().st_size >= 2400 for file in files) < 25
