@@ -5,7 +5,7 @@
 
 Every setting runs in a process of its own, so that its peak memory is its own; all are warmed up, then take turns, in
 another order each time. A row appears only if the outputs were those of the model in fp32, within
-`TOLERANCES` of `convmixer_timm.inference.optimize`. The peak is the speed of the model's own 1x1 convolution in the
+`TOLERANCES` of `convmixer_timm.inference.agreement`. The peak is the speed of the model's own 1x1 convolution in the
 row's precision, measured in the same run.
 """
 
@@ -45,9 +45,10 @@ def prepare(args, setting: str, precision: str):
     import timm
 
     from convmixer_timm.inference import optimize as inference
+    from convmixer_timm.inference.agreement import TOLERANCES, difference
     from convmixer_timm.inference.calibration import calibration_batches
     from convmixer_timm.inference.engines import BACKENDS, quiet
-    from convmixer_timm.inference.optimize import TOLERANCES, optimize
+    from convmixer_timm.inference.optimize import optimize
 
     torch.manual_seed(0)
     model = timm.create_model(args.model, pretrained=args.model in args.pretrained).eval().requires_grad_(False)
@@ -76,9 +77,11 @@ def prepare(args, setting: str, precision: str):
     else:
         with quiet():
             run = BACKENDS[setting][0](model, images, precision, False, batches or [])
-    difference = ((run(images) - expected).abs().max() / expected.abs().max()).item()
+    found = run(images)
+    matches = difference(found, expected, precision) <= TOLERANCES[precision]
     top1 = accuracy(args, model, run) if setting == "optimize" and args.accuracy else ""
-    answer = {"difference": difference, "matches": difference <= TOLERANCES[precision], "label": label, "top1": top1}
+    largest = difference(found, expected, "fp32")  # of the largest output, in int8 too
+    answer = {"difference": largest, "matches": matches, "label": label, "top1": top1}
     return lambda: run(images), answer
 
 

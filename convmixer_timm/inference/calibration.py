@@ -14,7 +14,7 @@ from ..errors import one_line
 from ..images import ImageError, find_images, image_loader
 from .reading import readings
 
-__all__ = ["calibration_batches", "check_calibration", "spread"]
+__all__ = ["calibration_batches", "check_calibration"]
 
 _logger = logging.getLogger(__name__)
 _ENOUGH = 300
@@ -24,12 +24,6 @@ def check_calibration(source: Any, precision: str) -> None:
     """Raises ValueError for calibration images that nothing would be done with."""
     if source is not None and precision != "int8":
         raise ValueError(f"calibration images are for int8, and this is {precision}: leave out one of them")
-
-
-def spread(images: torch.Tensor, most: int) -> torch.Tensor:
-    """At most so many of the images, from first to last: of every class, where these follow one another."""
-    count = min(len(images), most)
-    return images[torch.arange(count) * len(images) // count]
 
 
 def calibration_batches(

@@ -14,12 +14,13 @@ import torch.nn as nn
 
 from ..files import folder_beside
 from ..images import data_config
-from .calibration import calibration_batches, check_calibration, spread
+from .agreement import check_agreement, images_to_compare
+from .calibration import calibration_batches, check_calibration
 from .class_map import ClassMap, has_class_map
 from .engines import onnx_program, openvino_model, quantized, quiet, unavailable
 from .labels import check_labels, class_names
 from .loading import check_finite, check_model, evaluating, uncompiled
-from .optimize import COMPARED, TOLERANCES, OptimizedModel
+from .optimize import OptimizedModel
 
 __all__ = ["FORMATS", "export"]
 
@@ -64,7 +65,7 @@ def export(
             class maps; format, precision or suffix is none of those, the file is a folder, int8 has no
             calibration images or another precision has some, or the labels don't fit.
         RuntimeError: If a needed package is missing, or the file's outputs differ from the model's by more than
-            `convmixer_timm.inference.optimize.TOLERANCES`.
+            `convmixer_timm.inference.agreement.TOLERANCES`.
     """
     check_model(model)
     model = uncompiled(model)
@@ -116,7 +117,7 @@ def export(
         write, load = _FORMATS[format]
         write(_Task(network, example, precision, dynamic_batch, batches, metadata), file)
         # int8 is made for real images, and one of them tells little of how far off it is.
-        images = spread(torch.cat(batches), COMPARED) if batches else other
+        images = images_to_compare(batches) if batches else other
         _compare(network, load(file), images.split(len(images) if dynamic_batch else 1), precision)
         for part in sorted(temporary.iterdir()):  # OpenVINO's .xml last: it needs the .bin
             os.replace(part, target.with_suffix(part.suffix))
@@ -135,24 +136,22 @@ class _Task(NamedTuple):
 
 
 def _compare(model: nn.Module, found: Run, batches: Iterable[torch.Tensor], precision: str) -> None:
-    """Compares a written file's outputs with the model's, as a share of the model's largest."""
-    differences, largest, of_maps = [0.0], [0.0], [0.0]
+    """Compares a written file's outputs with the model's, and the means of its class maps with its logits."""
+    outputs, means, expected = [], [], []
     for images in batches:
-        logits, expected = found(images), model(images)
+        logits, own = found(images), model(images)
         if isinstance(model, ClassMap):
-            (logits, maps), (expected, _) = logits, expected
-            of_maps.append(np.abs(maps.mean((2, 3)) - logits).max())
-        check_finite(expected)
-        differences.append((torch.as_tensor(np.asarray(logits)) - expected).abs().max().item())
-        largest.append(expected.abs().max().item())
-    allowed = TOLERANCES[precision]
-    for values, what in ((of_maps, "class maps' means differ from its logits"), (differences, "outputs differ")):
-        # NumPy's maximum of a NaN is one; a head of zeros gives nothing else.
-        difference = np.max(values) / (np.max(largest) or 1.0)
-        if not difference <= allowed:
-            raise RuntimeError(
-                f"nothing written: the file's {what} by {difference:.2g} of the largest, more than {allowed}"
-            )
+            (logits, maps), (own, _) = logits, own
+            means.append(torch.as_tensor(maps.mean((2, 3))))
+        check_finite(own)
+        outputs.append(torch.as_tensor(np.asarray(logits)))
+        expected.append(own)
+    try:
+        if means:
+            check_agreement(torch.cat(means), torch.cat(outputs), precision, "means of the file's class maps")
+        check_agreement(torch.cat(outputs), torch.cat(expected), precision, "file's outputs")
+    except RuntimeError as error:
+        raise RuntimeError(f"nothing written: {error}") from None
 
 
 def _onnx(task: _Task, file: Path) -> None:

@@ -19,19 +19,16 @@ import torch.nn as nn
 
 from ..errors import one_line
 from ..files import atomic_path, cache_dir
-from .calibration import calibration_batches, check_calibration, spread
+from .agreement import check_agreement, images_to_compare
+from .calibration import calibration_batches, check_calibration
 from .engines import BACKENDS, PRECISIONS, Batches, Run, no_autocast, quiet, unavailable
 from .folding import fold_norms
 from .loading import check_finite, check_module, uncompiled
 
-__all__ = ["TOLERANCES", "OptimizedModel", "optimize"]
+__all__ = ["OptimizedModel", "optimize"]
 
 _logger = logging.getLogger(__name__)
 
-# How far outputs may be from those of the model in fp32, as a share of the largest of them. Of 300 images the worst in
-# int8 is off by a third where top-1 loses 0.3 points.
-TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.5}
-COMPARED = 32  # images
 _TIMING_SECONDS = 1.0  # for each candidate
 _PARTS = (16, 4)
 
@@ -112,7 +109,7 @@ def optimize(
 
     Returns:
         A module that takes images of the example's size in any number and gives the outputs of `model` within
-        `TOLERANCES` (checked on the example, in int8 on calibration images).
+        `convmixer_timm.inference.agreement.TOLERANCES` (checked on the example, in int8 on calibration images).
 
     Raises:
         ValueError: If `backend` or `precision` is unknown, the model is in TorchScript, wrapped or gives no numbers,
@@ -151,9 +148,7 @@ def optimize(
         raise RuntimeError("; ".join(dict.fromkeys(str(reason) for reason in reasons.values())))
 
     # int8 is made for real images: of others it may give anything.
-    checked = example_input
-    if batches:
-        checked = batches[0][:COMPARED] if fixed_batch else spread(torch.cat(batches), COMPARED)
+    checked = images_to_compare(batches, count if fixed_batch else None) if batches else example_input
     # Eager modes that would reach into an engine's trace are none of its business.
     plain = copy.deepcopy(model).float().eval().requires_grad_(False)
     with quiet():
@@ -174,14 +169,16 @@ def optimize(
 
     @functools.cache
     def engine(name: str, fold: bool, part: int | None) -> Run:
+        parts = [images for batch in batches for images in batch.split(part or len(batch))]
         with quiet():
-            return BACKENDS[name][0](networks[fold], example_input[:part], precision, fixed_batch, batches)
+            return BACKENDS[name][0](networks[fold], example_input[:part], precision, fixed_batch, parts)
 
     def build(candidate: _Candidate) -> Run:
         name, fold, part = candidate
         run = engine(name, fold, part if fixed_batch else None)
         whole = _Indifferent(run if part is None else lambda x: torch.cat([run(images) for images in x.split(part)]))
-        _check(whole, checked, expected, precision)
+        found = torch.cat([whole(images) for images in checked.split(count if fixed_batch else len(checked))])
+        check_agreement(found, expected, precision)
         return whole
 
     result = functools.partial(OptimizedModel, model=model, precision=precision, size=size, fixed=count * fixed_batch)
@@ -232,14 +229,6 @@ class _Indifferent:
 
     def __reduce__(self) -> Any:
         raise RuntimeError("an optimised model belongs to this process and machine: call optimize where it runs")
-
-
-def _check(run: Run, x: torch.Tensor, expected: torch.Tensor, precision: str) -> None:
-    found = run(x)
-    largest = expected.abs().max().item() or 1.0  # a head of zeros gives nothing else
-    difference = (found - expected).abs().max().item() / largest
-    if not difference <= TOLERANCES[precision]:
-        raise RuntimeError(f"the outputs differ by {difference:.2g} of the largest, more than {TOLERANCES[precision]}")
 
 
 def _times(runs: dict[_Candidate, Run], x: torch.Tensor) -> dict[_Candidate, float]:

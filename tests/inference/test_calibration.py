@@ -51,9 +51,3 @@ def test_it_sees_every_class_and_fills_a_batch(model, tmp_path, monkeypatch):
     # A batch of more images than are looked at otherwise.
     assert [len(batch) for batch in calibration_batches(model, IMAGES, batch=25)] == [25]
     assert [len(batch) for batch in calibration_batches(model, IMAGES, batch=40)] == [40]
-
-
-def test_what_is_compared_is_spread_over_all_images():
-    images = torch.arange(300)
-    assert calibration.spread(images, 3).tolist() == [0, 100, 200]
-    assert calibration.spread(images[:2], 32).tolist() == [0, 1]

@@ -13,11 +13,11 @@ import torch
 from convmixer_timm.cli import main
 from convmixer_timm.convmixer import WEIGHTS_DIR
 from convmixer_timm.inference import export as export_module
+from convmixer_timm.inference.agreement import TOLERANCES
 from convmixer_timm.inference.calibration import calibration_batches
 from convmixer_timm.inference.class_map import has_class_map
 from convmixer_timm.inference.engines import unavailable
 from convmixer_timm.inference.export import export
-from convmixer_timm.inference.optimize import TOLERANCES
 
 from ..conftest import IMAGES
 

@@ -19,10 +19,11 @@ import torch.nn as nn
 
 from convmixer_timm import ConvMixer, class_names, export, predict
 from convmixer_timm.inference import optimize as optimize_module
+from convmixer_timm.inference.agreement import TOLERANCES
 from convmixer_timm.inference.calibration import calibration_batches
 from convmixer_timm.inference.engines import quiet, unavailable
 from convmixer_timm.inference.folding import fold_norms
-from convmixer_timm.inference.optimize import TOLERANCES, optimize
+from convmixer_timm.inference.optimize import optimize
 from convmixer_timm.kernels import fast
 
 from ..conftest import IMAGES
@@ -440,6 +441,14 @@ def test_int8_of_a_fixed_batch_at_another_size(folder, model, images, capsys):
     fast = optimize(model, example, "openvino", "int8", calibration=calibration, fixed_batch=True)
     assert fast(example).shape == (4, 10)
     assert capsys.readouterr().out == ""  # NNCF's bars go to stderr
+
+
+@needs_int8
+def test_int8_of_a_large_fixed_batch_in_parts_too(model, images, caplog):
+    example = torch.cat([images, images[:18]])  # more than are compared
+    fast = optimize(model, example, "openvino", "int8", calibration=images, fixed_batch=True)
+    assert set(fast.times) == {"openvino", "openvino, 16 at a time", "openvino, 4 at a time"} and not caplog.records
+    assert (fast(example).argmax(1) == model.eval()(example).argmax(1)).float().mean() > 0.9
 
 
 def test_calibration_in_batches_of_one_size(model, images, tmp_path, caplog):
