@@ -262,10 +262,10 @@ class OneReaderDataset(ImageDataset):
     A class of this package's, so that it is the same in a loader's worker however that was started.
     """
 
-    def __init__(self, *args: Any, training: bool = False, **kwargs: Any):
+    def __init__(self, *args: Any, training: bool = False, mode: str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not self.load_bytes:  # else the bytes are wanted
-            self.reader: Any = _Reader(self.reader, self.input_img_mode or "RGB", training)
+            self.reader: Any = _Reader(self.reader, mode or self.input_img_mode or "RGB", training)
             self.load_bytes = True  # timm: "take what `read` gives"
 
     @property
@@ -282,7 +282,7 @@ class OneReaderDataset(ImageDataset):
             reader.begin(prepare, enough)
 
 
-def use_one_reader(training: bool = False) -> None:
+def use_one_reader(training: bool = False, mode: str | None = None) -> None:
     """Let `timm.data.create_dataset` make datasets that find and read images as everything in this package does.
 
     Folders, archives, Hugging Face's datasets and torchvision's ``torch/image_folder`` and ``torch/imagenet`` are;
@@ -291,10 +291,11 @@ def use_one_reader(training: bool = False) -> None:
     Args:
         training: The script reads the same images every epoch: they are decoded once and kept in memory, if they fit,
             and one that can't be read is passed over. Any other script ends there, by a `RunError`.
+        mode: Pillow's of the images, for a script that doesn't tell timm one; timm's default is RGB.
     """
     add_img_extensions(sorted(known_extensions()))
     factory: Any = dataset_factory
-    factory.ImageDataset = functools.partial(OneReaderDataset, training=training)
+    factory.ImageDataset = functools.partial(OneReaderDataset, training=training, mode=mode)
     for name in ("ImageFolder", "ImageNet"):
         if isinstance(folder := getattr(factory, name, None), type):
             setattr(factory, name, functools.partial(folder, loader=_load_or_end))

@@ -166,7 +166,21 @@ def launch(
         prepared = _of_each_epoch(path, args)
     else:
         prepared = prepare_evaluation(path, args)
-    return None if prepared is None else lambda: run_script(path, prepared)
+    mode = _inference_mode(path, prepared) if path.stem == "inference" and prepared else None
+    return None if prepared is None else lambda: run_script(path, prepared, mode)
+
+
+def _inference_mode(path: Path, args: list[str]) -> str:
+    """Pillow's mode of the images of ``inference.py``, which doesn't tell timm's reader how many channels it wants.
+
+    Raises:
+        ValueError: If there is none of so many.
+    """
+    options = vars(script_options(path, args) or Namespace())
+    channels = options.get("in_chans") or (options.get("input_size") or [3])[0]
+    if channels not in (1, 3):
+        raise ValueError(f"{path.name} reads images of 1 or 3 channels, and the model takes {channels}")
+    return "L" if channels == 1 else "RGB"
 
 
 def _through_launcher(path: Path, args: list[str], folder: str | None) -> list[str]:

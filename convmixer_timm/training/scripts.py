@@ -212,17 +212,22 @@ def script_flags(path: Path) -> set[str]:
     return set(_module(path)["parser"]._option_string_actions)
 
 
-def run_script(path: Path, args: list[str]) -> None:
+def run_script(path: Path, args: list[str], image_mode: str | None = None) -> None:
     """Runs a script in this process as ``python path args…`` would, but without its folder on ``sys.path``.
 
     So a clone's own ``timm/`` doesn't take the place of the installed timm. What the script raises passes through,
     `SystemExit` and `KeyboardInterrupt` too.
+
+    Args:
+        path: The script.
+        args: Its arguments.
+        image_mode: Pillow's mode of its images, if it doesn't tell timm.
     """
     mend_cpu_ddp()
     mend_mixup_off()
     mend_safetensors()
     mend_saver()
     mend_summary()
-    use_one_reader(training=path.stem in TRAINERS)
+    use_one_reader(training=path.stem in TRAINERS, mode=image_mode)
     sys.argv = [str(path), *args]
     runpy.run_path(str(path), run_name="__main__")

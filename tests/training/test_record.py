@@ -296,10 +296,11 @@ def test_validation_of_a_fine_tuned_run(train, timm_scripts, tmp_path, monkeypat
     )
 
 
-def test_inference_of_a_fine_tuned_run(train, timm_scripts, tmp_path):
+@pytest.mark.parametrize("channels", ["3", "1"])
+def test_inference_of_a_fine_tuned_run(channels, train, timm_scripts, tmp_path):
     """It works, or says what to install."""
     make_data(tmp_path / "a")
-    assert train().returncode == 0
+    assert train("--input-size", channels, "8", "8").returncode == 0
     command = [sys.executable, "-m", "convmixer_timm", "run", "inference", "--device", "cpu"]
     command += [
         "--checkpoint",
@@ -323,6 +324,14 @@ def test_inference_of_a_fine_tuned_run(train, timm_scripts, tmp_path):
         (file,) = tmp_path.glob("*.csv")
         with file.open() as rows:
             assert {row["label"] for row in csv.DictReader(rows)} <= {"ant", "bee"}
+
+
+def test_inference_of_images_that_it_cannot_read_is_refused(timm_scripts, tmp_path, capsys):
+    make_data(tmp_path / "a")
+    model = ["--model", "convmixer_128_4", "--in-chans", "4"]
+    command = ["run", "--timm-scripts", str(timm_scripts), "inference", *model, "--data-dir", str(tmp_path / "a/train")]
+    assert main(command) == 1
+    assert "inference.py reads images of 1 or 3 channels, and the model takes 4" in capsys.readouterr().err
 
 
 def test_a_run_from_a_packed_folder(train, tmp_path, capsys):
