@@ -169,9 +169,9 @@ def optimize(
 
     @functools.cache
     def engine(name: str, fold: bool, part: int | None) -> Run:
-        parts = [images for batch in batches for images in batch.split(part or len(batch))]
+        real = [images for batch in batches for images in batch.split(part or len(batch))]
         with quiet():
-            return BACKENDS[name][0](networks[fold], example_input[:part], precision, fixed_batch, parts)
+            return BACKENDS[name][0](networks[fold], example_input[:part], precision, fixed_batch, real)
 
     def build(candidate: _Candidate) -> Run:
         name, fold, part = candidate
