@@ -1,6 +1,5 @@
 """Whether an engine, or a file, gives what the model gives."""
 
-import numpy as np
 import torch
 
 __all__ = ["TOLERANCES", "check_agreement", "difference", "images_to_compare"]
@@ -20,7 +19,7 @@ def images_to_compare(batches: list[torch.Tensor], batch: int | None = None) -> 
     """
     images = torch.cat(batches)
     count = min(len(images), _COMPARED if batch is None else max(_COMPARED // batch, 1) * batch)
-    return images[torch.arange(count) * len(images) // count]
+    return images[torch.arange(count, device="cpu") * len(images) // count]
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor, precision: str) -> float:
@@ -34,9 +33,9 @@ def difference(found: torch.Tensor, expected: torch.Tensor, precision: str) -> f
     return (size((found - expected).double()) / (size(expected.double()) or 1.0)).item()
 
 
-def check_agreement(found: object, expected: torch.Tensor, precision: str, what: str = "outputs") -> None:
+def check_agreement(found: torch.Tensor, expected: torch.Tensor, precision: str, what: str = "outputs") -> None:
     """Raises RuntimeError where `difference` is more than `TOLERANCES` admit, or no number."""
-    by, allowed = difference(torch.as_tensor(np.asarray(found)), expected, precision), TOLERANCES[precision]
+    by, allowed = difference(found, expected, precision), TOLERANCES[precision]
     if by <= allowed:
         return
     if precision == "int8":

@@ -35,7 +35,7 @@ def has_class_map(model: Any) -> bool:
     """Whether a model's logits are the mean of its class maps: not with another pooling, nor a norm before the head."""
     if not isinstance(model.get_classifier(), nn.Linear):
         return False
-    images = torch.randn(2, *data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, *data_config(model)["input_size"], generator=torch.Generator().manual_seed(0), device="cpu")
     try:
         with evaluating(model):
             logits, maps = ClassMap(model)(images)

@@ -131,15 +131,28 @@ def openvino_model(model: nn.Module, x: torch.Tensor, fixed: bool, batches: Batc
     import openvino
 
     network = openvino.convert_model(model, example_input=x)
-    network.reshape([len(x) if fixed else -1, *x.shape[1:]])
-    return quantized(network, [batch.numpy() for batch in batches]) if batches else network
+    network.reshape([-1, *x.shape[1:]])
+    if batches:
+        network = quantized(network, batches)
+    if fixed:
+        network.reshape(list(x.shape))
+    return network
 
 
-def quantized(network: Any, items: list[Any]) -> Any:
-    """An OpenVINO or ONNX network in int8, by NNCF; `items` are its inputs to choose the scales by."""
+def quantized(network: Any, batches: Batches, name: str | None = None) -> Any:
+    """An OpenVINO or ONNX network in int8, by NNCF.
+
+    Args:
+        network: Of any number of images, or one.
+        batches: Images to choose the scales by.
+        name: Of its input, in ONNX.
+    """
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
+    # One by one: NNCF takes a batch's least and greatest value for one image's, and the scales get too wide.
+    images = [image.numpy() for batch in batches for image in batch.split(1)]
+    items = images if name is None else [{name: image} for image in images]
     return nncf.quantize(network, nncf.Dataset(items), subset_size=len(items))
 
 

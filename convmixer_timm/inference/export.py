@@ -142,9 +142,9 @@ def _compare(model: nn.Module, found: Run, batches: Iterable[torch.Tensor], prec
         logits, own = found(images), model(images)
         if isinstance(model, ClassMap):
             (logits, maps), (own, _) = logits, own
-            means.append(torch.as_tensor(maps.mean((2, 3))))
+            means.append(torch.as_tensor(maps.mean((2, 3)), device="cpu"))
         check_finite(own)
-        outputs.append(torch.as_tensor(np.asarray(logits)))
+        outputs.append(torch.as_tensor(np.asarray(logits), device="cpu"))
         expected.append(own)
     try:
         if means:
@@ -159,8 +159,7 @@ def _onnx(task: _Task, file: Path) -> None:
 
     network = onnx_program(task.model, task.example, fixed=not task.dynamic)
     if task.precision == "int8":
-        name = network.graph.input[0].name
-        network = quantized(network, [{name: batch.numpy()} for batch in task.batches])
+        network = quantized(network, task.batches, network.graph.input[0].name)
     for part in (*network.graph.node, *network.graph.value_info):  # traces name this machine's folders
         part.ClearField("metadata_props")
         part.ClearField("doc_string")

@@ -79,6 +79,8 @@ class OptimizedModel(nn.Module):
             raise ValueError(f"made for images of {expected}, got {got}")
         if x.device.type != "cpu" or x.is_complex():
             raise ValueError(f"made for images of real numbers on the CPU, got {x.dtype} on {x.device}")
+        if not len(x):  # to which engines give anything: an error, or the outputs of the call before
+            return self._run(x.new_zeros(1, *self._size))[:0]
         return self._run(x)
 
     def extra_repr(self) -> str:
@@ -103,8 +105,8 @@ def optimize(
             logged, and stands in the result's `backend`.
         precision: 'fp32', 'bf16', or 'int8' (OpenVINO with NNCF).
         calibration: For int8, a few hundred real images: a folder, whose images are brought to the example's size, or
-            an iterable of batches as the model takes them (of pairs with labels too, so a `DataLoader` will do) or of
-            single images as `convmixer_timm.predict` takes them.
+            an iterable of batches as the model takes them (of pairs with labels too, so a `DataLoader` will do, or a
+            dataset) or of single images as `convmixer_timm.predict` takes them.
         fixed_batch: Make it for the example's batch size only.
 
     Returns:
@@ -136,7 +138,7 @@ def optimize(
         raise ValueError("this is for CPUs: bring model and example to the CPU")
     if example_input.is_complex() or not example_input.isfinite().all():
         raise ValueError("the example must be of finite numbers, and real ones")
-    example_input = example_input.detach().float()
+    example_input = example_input.detach().float().resolve_neg()
     size, count = tuple(example_input.shape[1:]), len(example_input)
     batches: Batches = []
     if precision == "int8":
@@ -169,9 +171,8 @@ def optimize(
 
     @functools.cache
     def engine(name: str, fold: bool, part: int | None) -> Run:
-        real = [images for batch in batches for images in batch.split(part or len(batch))]
         with quiet():
-            return BACKENDS[name][0](networks[fold], example_input[:part], precision, fixed_batch, real)
+            return BACKENDS[name][0](networks[fold], example_input[:part], precision, fixed_batch, batches)
 
     def build(candidate: _Candidate) -> Run:
         name, fold, part = candidate

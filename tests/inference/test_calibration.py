@@ -32,9 +32,39 @@ def test_it_takes_loaders_and_folders(model, images):
     one = list(calibration_batches(model, IMAGES / "ship/0000.png"))
     for image in (str(IMAGES / "ship/0000.png"), Image.open(IMAGES / "ship/0000.png")):
         assert torch.equal(torch.cat(list(calibration_batches(model, [image]))), one[0])
-    for wrong in (5, [()], [5], [{"a": 1}]):
+    pixels = [(image.mul(255).byte(), 0) for image in images]
+    for wrong in (5, [()], [5], [{"a": 1}], images.mul(255).byte(), pixels, images.byte().numpy(), images / 0):
         with pytest.raises(ValueError, match="calibration images"):
             list(calibration_batches(model, wrong))
+
+
+def test_images_that_are_not_normalised_are_told(model, images, caplog):
+    list(calibration_batches(model, images))
+    assert not caplog.records
+    list(calibration_batches(model, [images - images.min()] * 20))
+    assert [record.message for record in caplog.records] == [
+        "no calibration image has a value below 0: are they normalised, as the model takes them?"
+    ]
+
+
+def test_a_dataset_is_seen_from_first_to_last(model, images, monkeypatch):
+    class Dataset:
+        def __init__(self, items):
+            self.items = items
+
+        def __getitem__(self, i):
+            return self.items[i], 0
+
+        def __len__(self):
+            return len(self.items)
+
+    assert torch.equal(torch.cat(list(calibration_batches(model, Dataset(images)))), images)
+    assert torch.equal(torch.cat(list(calibration_batches(model, Dataset(find_images([IMAGES]))))), images)
+    monkeypatch.setattr(calibration, "_ENOUGH", 10)
+    assert torch.equal(torch.cat(list(calibration_batches(model, Dataset(images)))), images[::3])
+    one = IMAGES / "ship/0000.png"
+    for image in (one.read_bytes(), Image.open(one)):
+        assert torch.equal(*(torch.cat(list(calibration_batches(model, source))) for source in (image, one)))
 
 
 def test_large_files_are_read_by_several_threads_and_come_in_order(model, images, monkeypatch):

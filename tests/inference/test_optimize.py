@@ -444,6 +444,34 @@ def test_int8_of_a_fixed_batch_at_another_size(folder, model, images, capsys):
 
 
 @needs_int8
+def test_int8_is_the_same_for_any_batches_of_its_images(model, images):
+    outputs = [
+        optimize(model, images[:n], "openvino", "int8", calibration=images.split(m), fixed_batch=fixed)(images[:n])
+        for n, m, fixed in ((10, 1, False), (10, 30, False), (10, 30, True))
+    ]
+    for other in outputs[1:]:
+        assert (other - outputs[0]).norm() < 0.03 * outputs[0].norm()  # of bf16 between, where there is any
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_no_images_give_no_outputs(backend):
+    if reason := unavailable(backend):
+        pytest.skip(reason)
+    model = timm.create_model("resnet18", num_classes=7).eval()  # whose outputs OpenVINO keeps from the call before
+    fast = optimize(model, torch.randn(2, 3, 32, 32), backend)
+    assert fast(torch.empty(0, 3, 32, 32)).shape == (0, 7)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_another_default_device(backend, model, images):
+    if reason := unavailable(backend):
+        pytest.skip(reason)
+    with torch.device("meta"):
+        fast = optimize(model, images[:2], backend)
+    torch.testing.assert_close(fast(images), model(images), atol=1e-4, rtol=0)
+
+
+@needs_int8
 def test_int8_of_a_large_fixed_batch_in_parts_too(model, images, caplog):
     example = torch.cat([images, images[:18]])  # more than are compared
     fast = optimize(model, example, "openvino", "int8", calibration=images, fixed_batch=True)
