@@ -131,7 +131,8 @@ def openvino_model(model: nn.Module, x: torch.Tensor, fixed: bool, batches: Batc
     import openvino
 
     network = openvino.convert_model(model, example_input=x)
-    network.reshape([-1, *x.shape[1:]])
+    if batches or not fixed:
+        network.reshape([-1, *x.shape[1:]])
     if batches:
         network = quantized(network, batches)
     if fixed:
