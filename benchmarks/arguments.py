@@ -51,8 +51,8 @@ def new_file(text: str) -> Path:
     return path
 
 
-def splits(path: Path, *names: str) -> str:
-    """What to say of a folder that lacks some of its parts; empty where it has them."""
+def missing_folders(path: Path, *names: str) -> str:
+    """What to say of a folder that lacks some of these; empty where it has them."""
     missing = [name for name in names if not (path / name).is_dir()]
     return f"{path} has no folder {' or '.join(missing)}" if missing else ""
 
@@ -69,8 +69,7 @@ def registered_model(text: str) -> str:
 
     import convmixer_timm  # noqa: F401  registers the variants
 
-    known("model", text.split(".")[0], timm.list_models("convmixer*"))
-    return known("model", text, timm.list_pretrained("convmixer*")) if "." in text else text
+    return pretrained_model(text) if "." in text else known("model", text, timm.list_models("convmixer*"))
 
 
 def pretrained_model(text: str) -> str:

@@ -42,11 +42,11 @@ if __name__ == "__main__":
     args = parser.parse_args()
     dataset = CIFAR100 if args.cifar100 else CIFAR10
     try:
-        dataset(args.source)
+        test, train = (dataset(args.source, train=train) for train in (False, True))
     except RuntimeError:
         parser.error(f"{args.source} has no {dataset.base_folder} as torchvision downloads it")
-    write(dataset(args.source, train=False), args.target / "test")
-    write(dataset(args.source, train=True), args.target / ("all" if args.per_class else "train"))
+    write(test, args.target / "test")
+    write(train, args.target / ("all" if args.per_class else "train"))
     if args.per_class:
         split(args.target / "all", args.target, args.per_class, seed=0)
     if args.padding:

@@ -17,7 +17,7 @@ from pathlib import Path
 import timm
 import torch
 import yaml
-from arguments import existing_folder, new_file, positive, pretrained_model, splits
+from arguments import existing_folder, missing_folders, new_file, positive, pretrained_model
 
 from convmixer_timm.training.launch import RECIPES
 
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--results", type=new_file, help="CSV to write")
     args = parser.parse_args()
-    if missing := splits(args.data, "train", args.val_split):
+    if missing := missing_folders(args.data, "train", args.val_split):
         parser.error(missing)
     recipe = yaml.safe_load((RECIPES / "finetune.yaml").read_text(encoding="utf-8"))
     recipe |= {key: value for key in ("model", "epochs") if (value := getattr(args, key))}

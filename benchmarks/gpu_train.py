@@ -26,7 +26,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from arguments import existing_file, existing_folder, splits
+from arguments import existing_file, existing_folder, missing_folders
 from PIL import Image
 from timm.data import create_transform
 from timm.optim import param_groups_weight_decay
@@ -439,7 +439,7 @@ if __name__ == "__main__":
     recipes = yaml.safe_load(options.recipes.read_text(encoding="utf-8"))
     if unknown := [name for name in options.names if name not in recipes]:
         parser.error(f"{options.recipes} has no {', '.join(unknown)}; there are {', '.join(recipes)}")
-    if missing := splits(options.data, "train", "validation"):
+    if missing := missing_folders(options.data, "train", "validation"):
         parser.error(f"{missing}: cifar_folders.py makes them")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("PyTorch sees no NVIDIA GPU here; --device cpu tries a recipe, slowly")

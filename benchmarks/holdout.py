@@ -9,7 +9,7 @@ import argparse
 import random
 from pathlib import Path
 
-from arguments import existing_folder, new_folder
+from arguments import existing_folder, missing_folders, new_folder
 
 
 def split(source: Path, target: Path, per_class: int, seed: int, classes: list[str] | None = None) -> None:
@@ -32,6 +32,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="(all)")
     args = parser.parse_args()
-    if missing := [name for name in args.classes or () if not (args.source / name).is_dir()]:
-        parser.error(f"{args.source} has no folder {', '.join(missing)}")
+    if missing := missing_folders(args.source, *args.classes or ()):
+        parser.error(missing)
     split(args.source, args.target, args.per_class, args.seed, args.classes)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from arguments import existing_folder, named_errors, positive, splits
+from arguments import existing_folder, missing_folders, named_errors, positive
 from PIL import Image
 
 from convmixer_timm.training.launch import RECIPES
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=positive, default=40, help="images of each class and split (%(default)s)")
     parser.add_argument("--repeats", type=positive, default=3)
     args = parser.parse_args()
-    if missing := splits(args.data, "train", "val"):
+    if missing := missing_folders(args.data, "train", "val"):
         parser.error(missing)
     with named_errors(parser):
         script = find_script("train")

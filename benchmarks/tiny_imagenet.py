@@ -11,7 +11,7 @@ a folder given by ``--without`` too, on which a model is to be fine-tuned and me
 import argparse
 from pathlib import Path
 
-from arguments import existing_folder, new_folder, splits
+from arguments import existing_folder, missing_folders, new_folder
 from holdout import split
 from near_duplicates import pairs
 
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     parser.add_argument("--without", type=existing_folder, metavar="FOLDER")
     parser.add_argument("--above", type=float, default=0.96, metavar="CORRELATION")
     args = parser.parse_args()
-    if missing := splits(args.source, "train", "val"):
+    if missing := missing_folders(args.source, "train", "val"):
         parser.error(f"{missing}, as Tiny-ImageNet's archive has them")
 
     def link(name: str, file: Path, part: str) -> None:

@@ -24,7 +24,7 @@ from torchvision.datasets import ImageFolder
 import convmixer_timm  # noqa: F401  registers the variants
 
 sys.path.append(str(Path(__file__).parent.parent))
-from arguments import existing_folder, named_errors, positive, pretrained_model, splits
+from arguments import existing_folder, missing_folders, named_errors, positive, pretrained_model
 
 
 def noise(image: Image.Image, degree: float) -> Image.Image:
@@ -99,7 +99,7 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=existing_folder, default=Path(__file__).parent, help="folder of the table")
     parser.add_argument("--images", type=positive, help="take few images of all (to try it)")
     args = parser.parse_args()
-    if missing := splits(args.data_dir, "test"):
+    if missing := missing_folders(args.data_dir, "test"):
         parser.error(missing)
     with named_errors(parser):
         folder = ImageFolder(str(args.data_dir / "test"))

@@ -30,7 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
-from train_step import append_rows  # noqa: E402  of the benchmarks beside this folder
+from arguments import missing_folders  # noqa: E402  of the benchmarks beside this folder
+from train_step import append_rows  # noqa: E402
 
 LEARNING_RATES = (0.01, 0.03, 0.1)
 EPOCHS_TO_CHOOSE = 2
@@ -194,8 +195,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.names) - set(every):
         parser.error(f"no run {', '.join(sorted(unknown))}; there are {', '.join(every)}")
-    if missing := [part for part in SPLITS if not (args.data_dir / part).is_dir()]:
-        parser.error(f"{args.data_dir} has no {', '.join(missing)}; benchmarks/cifar_folders.py makes them")
+    if missing := missing_folders(args.data_dir, *SPLITS):
+        parser.error(f"{missing}: benchmarks/cifar_folders.py makes them")
     with tempfile.TemporaryDirectory() as few:
         data = few_images(args.data_dir, Path(few)) if args.quick else args.data_dir
         results = args.output if args.quick else args.results

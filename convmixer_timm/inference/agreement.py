@@ -2,6 +2,8 @@
 
 import torch
 
+from .calibration import spread
+
 __all__ = ["TOLERANCES", "check_agreement", "difference", "images_to_compare"]
 
 # In int8 a single image may be off by most of the largest logit where hardly one is of another class: there it is the
@@ -11,15 +13,14 @@ _COMPARED = 32
 
 
 def images_to_compare(batches: list[torch.Tensor], batch: int | None = None) -> torch.Tensor:
-    """Some of the calibration images, from first to last: of every class, where these follow one another.
+    """Some of the calibration images, of every class.
 
     Args:
         batches: Of images [N, in_chans, H, W].
         batch: What their number is a multiple of, where every batch has so many.
     """
     images = torch.cat(batches)
-    count = min(len(images), _COMPARED if batch is None else max(_COMPARED // batch, 1) * batch)
-    return images[torch.arange(count, device="cpu") * len(images) // count]
+    return images[spread(len(images), _COMPARED if batch is None else max(_COMPARED // batch, 1) * batch)]
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor, precision: str) -> float:

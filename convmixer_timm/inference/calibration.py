@@ -15,7 +15,7 @@ from ..errors import one_line
 from ..images import ImageError, data_config, find_images, image_loader
 from .reading import readings
 
-__all__ = ["calibration_batches", "check_calibration"]
+__all__ = ["calibration_batches", "check_calibration", "spread"]
 
 _logger = logging.getLogger(__name__)
 _ENOUGH = 300
@@ -25,6 +25,12 @@ def check_calibration(source: Any, precision: str) -> None:
     """Raises ValueError for calibration images that nothing would be done with."""
     if source is not None and precision != "int8":
         raise ValueError(f"calibration images are for int8, and this is {precision}: leave out one of them")
+
+
+def spread(length: int, most: int) -> list[int]:
+    """Indices of at most so many, from first to last: of every class, as folders list one after the other."""
+    count = min(length, most)
+    return [i * length // count for i in range(count)]
 
 
 def calibration_batches(
@@ -55,7 +61,7 @@ def calibration_batches(
     elif isinstance(source, Iterable):
         batches = source
     elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):  # a dataset
-        batches = (source[i] for i in _indices(len(source), enough))
+        batches = (source[i] for i in spread(len(source), enough))
     else:
         raise ValueError(f"calibration images are a folder or batches of images, got a {type(source).__name__}")
     load = image_loader(model, size)
@@ -104,16 +110,10 @@ def _as_batch(item: Any, load: Callable[[Any], torch.Tensor]) -> torch.Tensor:
     raise ValueError(f"calibration images must be batches or images, got a {type(given).__name__} without any")
 
 
-def _indices(length: int, most: int) -> list[int]:
-    """Of at most so many, from first to last: of every class, as folders list one after the other."""
-    count = min(length, most)
-    return [i * length // count for i in range(count)]
-
-
 def _from_files(model: Any, sources: Any, size: tuple[int, ...] | None, enough: int) -> Iterator[torch.Tensor]:
     load = image_loader(model, size)
     paths = find_images(sources)
-    for _, read in readings(load, (paths[i] for i in _indices(len(paths), enough))):
+    for _, read in readings(load, (paths[i] for i in spread(len(paths), enough))):
         try:
             yield read()[None]
         except ImageError as error:
